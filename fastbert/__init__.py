@@ -31,11 +31,11 @@ _HOME = {
 }
 _MODULES = ("ops", "packing", "testing")
 
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_MODULES]
 
-# The kernels live in the top-level folder kernels/ and are imported as fastbert.kernels. An installed
-# package has them inside this folder; in a checkout the root is searched too, but only when the
-# kernels there are ours (Hugging Face publishes a package named "kernels" as well).
+# The kernels live in the top-level folder kernels/ and are imported as fastbert.kernels. An
+# installed package has them inside this folder; in a checkout the root is searched too, but only
+# when the kernels there are ours (Hugging Face publishes a package named "kernels" as well).
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(_HERE)
 if not os.path.isdir(os.path.join(_HERE, "kernels")) and os.path.isfile(

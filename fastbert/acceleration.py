@@ -1,0 +1,110 @@
+"""Turning one loaded model into its fast twin, in place, and back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from .families import bert
+
+__all__ = ["Acceleration", "accelerate"]
+
+_log = logging.getLogger("fastbert")
+
+
+class Acceleration:
+    """What `accelerate` did to a model, and the way back. A context manager: leaving it undoes.
+
+    Attributes:
+        model: the model, the very object that was given.
+        changed: names of the modules inside it whose class changed, in order.
+        notes: what could not be accelerated, and why; also logged once.
+    """
+
+    def __init__(
+        self, model: nn.Module, changed: list[tuple[nn.Module, type[nn.Module]]], notes: list[str]
+    ):
+        self.model = model
+        self.notes = notes
+        self._changed = changed
+        names = {id(module): name for name, module in model.named_modules()}
+        self.changed = [names[id(module)] for module, _ in changed]
+
+    def undo(self) -> nn.Module:
+        """Give every module its own class back. Harmless when done twice."""
+        for module, cls in self._changed:
+            module.__class__ = cls
+        self._changed = []
+        return self.model
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "accelerate() changes the model in place and returns a handle for undo(); "
+            "call the model itself, or handle.model"
+        )
+
+    def __repr__(self) -> str:
+        notes = f", notes={self.notes}" if self.notes else ""
+        return f"Acceleration({type(self.model).__name__}, {len(self.changed)} modules{notes})"
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Make the BERT inside ``model`` run packed. Changes this instance only; parameters stay as
+    they are.
+
+    The model may be a transformers BERT with any head, or anything that contains one: a
+    ``SentenceTransformer``, a ``CrossEncoder``, a PEFT model, a module of your own. Modules get
+    the class of their drop-in twin (``fastbert.BertModel`` and so on), nothing is wrapped and
+    nothing is copied, so hooks, optimizers and references that exist stay good. Doing it twice
+    changes nothing.
+
+    Args:
+        model: a module on any device, in any dtype.
+
+    Returns:
+        An `Acceleration`: ``handle.undo()`` or ``with fastbert.accelerate(model): ...`` for the
+        way back.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is no BERT inside it.
+        NotImplementedError: its config asks for relative position embeddings.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: expected a torch.nn.Module, got {type(model).__name__}; "
+            "for a pipeline give pipeline.model"
+        )
+    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, bert.ENCODER)]
+    if not encoders:
+        raise ValueError(
+            f"accelerate: expected a model with a transformers BertModel inside, got "
+            f"{type(model).__name__} without one; BERT is the family that is covered"
+        )
+    for _, encoder in encoders:
+        bert.check_config(encoder.config)
+    changed = bert.to_twins(model)
+    notes = []
+    for name, encoder in encoders:
+        where = name or type(encoder).__name__
+        if not isinstance(encoder, bert.BertModel):
+            reason = f"{type(encoder).__name__} is a subclass with code of its own"
+        else:
+            reason = bert.obstacle(encoder)
+        if reason is not None:
+            notes.append(f"{where}: {reason}")
+    if notes:
+        _log.warning(
+            "fastbert.accelerate leaves to transformers' own code: %s. "
+            "It stays right and is not faster.",
+            "; ".join(notes),
+        )
+    return Acceleration(model, changed, notes)

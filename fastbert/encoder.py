@@ -1,0 +1,162 @@
+"""One packed BERT layer, and the embeddings before it, as functions of plain tensors.
+
+A layer is ``hidden [T, E]``, a batch (`fastbert.packing`) and its `LayerWeights`; there are no
+modules here and no transformers. Rows never see padding: every product runs over real tokens only,
+and attention finds the boundaries of sequences in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .packing import PackedBatch, PaddedBatch
+
+__all__ = ["LayerWeights", "Linear", "Norm", "Projection", "attention_weights", "encode_layer"]
+
+
+class Linear(NamedTuple):
+    """A linear layer as its tensors: ``weight [out, in]``, ``bias [out]``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """A LayerNorm as its tensors: ``weight [E]``, ``bias [E]``."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+# What stands in a linear layer's place: its tensors, or any function of rows (a LoRA layer, a
+# quantised linear), which cannot tell packed rows from another batch.
+Projection = Linear | Callable[[Tensor], Tensor]
+
+
+class LayerWeights(NamedTuple):
+    """Everything one layer computes with.
+
+    Attributes:
+        qkv: the three input projections; fused as one `Linear` of ``[3 * E, E]`` or one by one.
+        attention_output, attention_norm: the projection after attention and the norm after it.
+        intermediate, activation: the first feed-forward product and what follows it, one of
+            `fastbert.ops.linear.ACTIVATIONS` or any function.
+        output, output_norm: the second feed-forward product and the norm after it.
+        head_size: size of an attention head; how many there are follows from the projection.
+        attention_dropout, hidden_dropout, output_dropout: probabilities, 0 outside training.
+    """
+
+    qkv: Linear | tuple[Projection, Projection, Projection]
+    attention_output: Projection
+    attention_norm: Norm | Callable[[Tensor], Tensor]
+    intermediate: Projection
+    activation: str | Callable[[Tensor], Tensor]
+    output: Projection
+    output_norm: Norm | Callable[[Tensor], Tensor]
+    head_size: int
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    output_dropout: float = 0.0
+
+
+def encode_layer(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> Tensor:
+    """One encoder layer of BERT (Devlin et al., 1810.04805), post-norm.
+
+    Args:
+        hidden: ``[T, E]`` packed rows.
+        batch: where the sequences are.
+        weights: the layer.
+
+    Returns:
+        ``[T, E]``.
+    """
+    q, k, v = _project_heads(hidden, weights)
+    context = _attend(q, k, v, batch, weights.attention_dropout)
+    hidden = _add_norm(
+        context, weights.attention_output, hidden, weights.attention_norm, weights.hidden_dropout
+    )
+    inner = _project(hidden, weights.intermediate, weights.activation)
+    return _add_norm(inner, weights.output, hidden, weights.output_norm, weights.output_dropout)
+
+
+def attention_weights(
+    hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights
+) -> Tensor:
+    """The attention probabilities of a layer, ``[B, H, S, S]``, zeros where a query or key is
+    padding.
+
+    `encode_layer` never builds them; this is for callers who ask to see them.
+    """
+    q, k, _ = (batch.unpack(t).transpose(1, 2) for t in _project_heads(hidden, weights))
+    if isinstance(batch, PackedBatch):
+        real = batch.unpack(torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device))
+        mask = real[:, None, :, None] & real[:, None, None, :]
+    else:
+        mask = batch.bias
+        if batch.key_mask is not None:
+            keep = batch.key_mask[:, None, None, :]
+            mask = keep if mask is None else mask.masked_fill(~keep, float("-inf"))
+    scores = q @ k.transpose(-1, -2)
+    probabilities = ops.softmax(scores, mask=mask, scale=q.shape[-1] ** -0.5)
+    return F.dropout(probabilities, weights.attention_dropout)
+
+
+def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """``[T, E]`` -> q, k, v ``[T, H, D]``."""
+    if isinstance(weights.qkv, Linear):
+        qkv = ops.linear(hidden, weights.qkv.weight, weights.qkv.bias)
+        return qkv.unflatten(-1, (3, -1, weights.head_size)).unbind(1)
+    q, k, v = (
+        _project(hidden, projection).unflatten(-1, (-1, weights.head_size))
+        for projection in weights.qkv
+    )
+    return q, k, v
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch | PaddedBatch, dropout_p: float
+) -> Tensor:
+    """``[T, H, D]`` each -> ``[T, E]``."""
+    if isinstance(batch, PackedBatch):
+        return ops.attention_varlen(q, k, v, batch, dropout_p=dropout_p).flatten(1)
+    q, k, v = (batch.view(t).transpose(1, 2) for t in (q, k, v))
+    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, dropout_p=dropout_p)
+    return context.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _project(
+    x: Tensor, projection: Projection, activation: str | Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    named = isinstance(activation, str)
+    if isinstance(projection, Linear):
+        fused = activation if named else None
+        out = ops.linear(x, projection.weight, projection.bias, activation=fused)
+    else:
+        out = projection(x)
+        out = ops.activate(out, activation) if named else out
+    return activation(out) if callable(activation) else out
+
+
+def _add_norm(
+    x: Tensor,
+    projection: Projection,
+    residual: Tensor,
+    norm: Norm | Callable[[Tensor], Tensor],
+    dropout_p: float,
+) -> Tensor:
+    """``norm(dropout(projection(x)) + residual)``."""
+    if isinstance(projection, Linear) and isinstance(norm, Norm) and dropout_p == 0.0:
+        return ops.linear_add_norm(
+            x, projection.weight, projection.bias, residual, norm.weight, norm.bias, eps=norm.eps
+        )
+    out = F.dropout(_project(x, projection), dropout_p)
+    if not isinstance(norm, Norm):
+        return norm(out + residual)
+    return ops.layer_norm(out, norm.weight, norm.bias, eps=norm.eps, residual=residual)

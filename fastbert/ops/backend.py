@@ -1,0 +1,109 @@
+"""Which implementation of an op runs: the Triton kernels or plain torch.
+
+Nobody has to choose: tensors on a CUDA device take the kernels, everything else takes torch, and
+under Triton's interpreter (``TRITON_INTERPRET=1``) the kernels run anywhere. `backend` forces one
+for a block of code, the environment variable ``FASTBERT_BACKEND`` for a process. A forced choice
+that cannot be met is an error; there is no fallback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+__all__ = ["BACKENDS", "backend", "forced", "interpreting", "resolve", "unavailable"]
+
+BACKENDS = ("torch", "triton")
+_MIN_CAPABILITY = (8, 0)  # below it there is no bf16 matrix unit and no asynchronous copy
+
+
+class _Choice(threading.local):
+    name: str | None = None
+
+
+_choice = _Choice()
+
+
+def _check(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force ``"triton"`` or ``"torch"`` for every op that this thread calls inside the block.
+
+    ``None`` gives the choice back to the rule of this module. Blocks nest.
+
+    Raises:
+        ValueError: another name.
+    """
+    _check(name, "backend")
+    previous = _choice.name
+    _choice.name = name
+    try:
+        yield
+    finally:
+        _choice.name = previous
+
+
+@cache
+def _from_environment() -> str | None:
+    return _check(os.environ.get("FASTBERT_BACKEND") or None, "FASTBERT_BACKEND")
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, so that they run on CPU tensors."""
+    return (
+        os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    )
+
+
+@cache
+def unavailable(device_type: str, index: int | None = None) -> str | None:
+    """Why the Triton kernels cannot run on this device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        return None
+    if device_type != "cuda":
+        return f"they run on CUDA devices, not on {device_type!r} (or under TRITON_INTERPRET=1)"
+    if torch.version.cuda is None:
+        return "they are tuned and tested for NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _MIN_CAPABILITY:
+        return f"they need compute capability 8.0 or newer, this GPU has {capability}"
+    return None
+
+
+def forced() -> str | None:
+    """The backend that was asked for by name, or None when the choice is open."""
+    return _choice.name or _from_environment()
+
+
+def resolve(device: torch.device) -> str:
+    """The backend for ops on tensors of ``device``: ``"triton"`` or ``"torch"``.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for and cannot run there.
+    """
+    chosen = forced()
+    if chosen == "torch":
+        return "torch"
+    reason = unavailable(device.type, device.index)
+    if reason is None:
+        return "triton"
+    if chosen == "triton":
+        raise RuntimeError(
+            f"backend: 'triton' was asked for, but the kernels cannot run here: {reason}. "
+            "Leave the choice open or ask for 'torch'."
+        )
+    return "torch"

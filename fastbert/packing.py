@@ -1,0 +1,282 @@
+"""Packed batches: the real tokens of a padded batch, one after the other, and where they came from.
+
+A padded batch ``[B, S]`` with an attention mask becomes ``T`` packed rows. `PackedBatch` is the
+geometry: how long each sequence is, which padded slot each row came from, and the tile maps that
+attention kernels launch over. It is built once per forward pass and shared by every layer; building
+it from a mask that lives on a GPU is the only host synchronisation of a forward pass, and from no
+mask at all (or a mask on the CPU) there is none.
+
+`PaddedBatch` is the same for a batch that has to stay padded: a per-query mask, or a traced program
+whose shapes may not depend on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedBatch", "PaddedBatch", "pack", "unpack"]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Geometry of ``T`` packed rows that hold ``B`` sequences. Make one with a ``from_*`` method.
+
+    Attributes:
+        lengths: tokens of each sequence, on the host; 0 is allowed.
+        cu_seqlens: int32 ``[B + 1]`` on the device, where each sequence starts and ends.
+        indices: int64 ``[T]`` on the device, the slot of each row in the flattened padded batch, or
+            None when every slot is real (rows and slots are then the same thing).
+        padded_shape: ``(B, S)`` of the padded batch, or ``(1, T)`` for input that came packed.
+        starts_real: whether every sequence that has tokens has one in column 0 (not so for padding
+            on the left), which is the column that BERT's pooler reads.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    indices: Tensor | None
+    padded_shape: tuple[int, int]
+    starts_real: bool = True
+    _tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def dense(cls, batch_size: int, length: int, device: torch.device | str) -> PackedBatch:
+        """``batch_size`` sequences of ``length`` tokens, no padding. No synchronisation."""
+        cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
+        return cls((length,) * batch_size, cu_seqlens, None, (batch_size, length))
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu"
+    ) -> PackedBatch:
+        """A batch that is packed already: sequences of these lengths, one after the other."""
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"from_lengths: expected lengths >= 0, got {list(lengths)}")
+        starts = [0, *accumulate(lengths)]
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tuple(lengths), cu_seqlens, None, (1, starts[-1]))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, device: torch.device | str | None = None) -> PackedBatch:
+        """The real tokens of a padded batch, wherever the mask has them: left, right or with holes.
+
+        A row of the mask without any real token is a sequence of length 0: it has no packed rows,
+        and unpacking gives it zeros.
+
+        Args:
+            mask: ``[B, S]`` bool, integer or floating; zero means padding, anything else a real
+            token.
+            device: where the packed rows will live; by default where the mask is. A mask on the CPU
+                for rows on a GPU costs no synchronisation.
+
+        Raises:
+            ValueError: the mask does not have two dimensions.
+        """
+        if mask.dim() != 2:
+            raise ValueError(
+                f"from_mask: expected a mask [batch, length], got {tuple(mask.shape)}; a mask "
+                "per query belongs to a PaddedBatch"
+            )
+        device = torch.device(device) if device is not None else mask.device
+        batch_size, padded_length = mask.shape
+        if mask.numel() == 0:
+            return cls(
+                (0,) * batch_size,
+                mask.new_zeros(batch_size + 1, dtype=torch.int32).to(device),
+                None,
+                (batch_size, padded_length),
+            )
+        real = mask if mask.dtype == torch.bool else mask != 0
+        # The one host synchronisation of a forward pass.
+        lengths, first = torch.stack((real.sum(dim=1), real[:, 0])).tolist()
+        if min(lengths) == padded_length:
+            return cls.dense(batch_size, padded_length, device)
+        starts = [0, *accumulate(lengths)]
+        # nonzero() would ask the device for the number of rows again; it is known by now.
+        indices = real.flatten().nonzero_static(size=starts[-1]).flatten().to(device)
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        starts_real = all(f or not n for f, n in zip(first, lengths, strict=True))
+        return cls(tuple(lengths), cu_seqlens, indices, (batch_size, padded_length), starts_real)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device (models that are spread over several call this)."""
+        if torch.device(device) == self.device:
+            return self
+        indices = (
+            None if self.indices is None else self.indices.to(device, non_blocking=non_blocking)
+        )
+        return PackedBatch(
+            self.lengths,
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            indices,
+            self.padded_shape,
+            self.starts_real,
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, S, ...]`` -> ``[T, ...]``; a view when there is no padding."""
+        flat = x.reshape(-1, *x.shape[2:])
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def unpack(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        """``[T, ...]`` -> ``[B, S, ...]`` with ``fill`` in the padding; a view without padding."""
+        batch_size, padded_length = self.padded_shape
+        if self.indices is None:
+            return rows.view(batch_size, padded_length, *rows.shape[1:])
+        flat = rows.new_full((batch_size * padded_length, *rows.shape[1:]), fill)
+        flat.index_copy_(0, self.indices, rows)
+        return flat.view(batch_size, padded_length, *rows.shape[1:])
+
+    def first_rows(self, rows: Tensor) -> Tensor:
+        """``[T, ...]`` -> ``[B, ...]``: each sequence's first row ([CLS]), zeros if empty."""
+        if 0 not in self.lengths:
+            return rows.index_select(0, self.cu_seqlens[:-1])
+        starts = [0, *accumulate(self.lengths)][:-1]
+        full = [i for i, length in enumerate(self.lengths) if length]
+        first = rows.new_zeros(len(self.lengths), *rows.shape[1:])
+        source = torch.tensor([starts[i] for i in full], dtype=torch.long, device=rows.device)
+        target = torch.tensor(full, dtype=torch.long, device=rows.device)
+        return first.index_copy_(0, target, rows.index_select(0, source))
+
+    def columns(self, device: torch.device | None = None) -> Tensor:
+        """int64 ``[T]``: the padded column of each row, which is BERT's default position id."""
+        batch_size, padded_length = self.padded_shape
+        if self.indices is None:
+            columns = torch.arange(padded_length, device=device or self.device)
+            return columns if batch_size == 1 else columns.repeat(batch_size)
+        return self.indices % padded_length
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Neighbours of equal length as ``(first_row, how_many, length)``, empty ones left out."""
+        runs, row = [], 0
+        for length, group in groupby(self.lengths):
+            count = sum(1 for _ in group)
+            if length:
+                runs.append((row, count, length))
+            row += count * length
+        return runs
+
+    def tile_map(self, block: int) -> Tensor:
+        """int32 ``[num_tiles, 2]``: the (sequence, tile) pairs that cover every row in tiles of
+        ``block``.
+
+        Longest sequences first, so that the last programs of a launch are short ones. Built on the
+        host, where the lengths are known, once per tile size.
+        """
+        found = self._tile_maps.get(block)
+        if found is None:
+            order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+            tiles = [
+                (sequence, tile)
+                for sequence in order
+                for tile in range(-(-self.lengths[sequence] // block))
+            ]
+            found = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
+            found = self._tile_maps[block] = found.to(self.device, non_blocking=True)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedBatch:
+    """Geometry of a batch that stays padded: ``B * S`` rows, masked inside attention.
+
+    Attributes:
+        padded_shape: ``(B, S)``.
+        key_mask: bool ``[B, S]``, True for real tokens, or None.
+        bias: floating ``[B | 1, H | 1, S | 1, S]``, added to the scaled scores, or None.
+    """
+
+    padded_shape: tuple[int, int]
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedBatch:
+        """The same batch on another device."""
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
+        bias = None if self.bias is None else self.bias.to(device)
+        return PaddedBatch(self.padded_shape, key_mask, bias)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, S, ...]`` -> ``[B * S, ...]``."""
+        return x.reshape(-1, *x.shape[2:])
+
+    def view(self, rows: Tensor) -> Tensor:
+        """``[B * S, ...]`` -> ``[B, S, ...]`` with whatever the rows hold in the padding."""
+        return rows.unflatten(0, self.padded_shape)
+
+    def unpack(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        """``[B * S, ...]`` -> ``[B, S, ...]`` with ``fill`` where the key mask has padding."""
+        padded = self.view(rows)
+        if self.key_mask is None:
+            return padded
+        padding = ~self.key_mask.view(*self.key_mask.shape, *(1,) * (padded.dim() - 2))
+        return padded.masked_fill(padding, fill)
+
+    def first_rows(self, rows: Tensor) -> Tensor:
+        """``[B * S, ...]`` -> ``[B, ...]``: column 0 of each sequence."""
+        return self.view(rows)[:, 0]
+
+    def columns(self, device: torch.device) -> Tensor:
+        """int64 ``[B * S]``: the padded column of each row."""
+        return torch.arange(self.padded_shape[1], device=device).repeat(self.padded_shape[0])
+
+
+def pack(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, PackedBatch]:
+    """Drop the padding of a batch.
+
+    Args:
+        x: ``[B, S, ...]``, ids or features.
+        mask: ``[B, S]`` bool, integer or floating, zero for padding; None for no padding.
+
+    Returns:
+        The packed rows ``[T, ...]`` in order (a view of ``x`` when there is no padding) and the
+        `PackedBatch` that `unpack` needs.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"pack: expected [batch, length, ...], got {tuple(x.shape)}")
+    if mask is None:
+        batch = PackedBatch.dense(x.shape[0], x.shape[1], x.device)
+    elif mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"pack: expected a mask {tuple(x.shape[:2])} for {x.shape=}, got {tuple(mask.shape)}"
+        )
+    else:
+        batch = PackedBatch.from_mask(mask, x.device)
+    return batch.pack(x), batch
+
+
+def unpack(rows: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
+    """Put packed rows ``[T, ...]`` back into ``[B, S, ...]``, with ``fill`` in the padding.
+
+    Raises:
+        ValueError: ``rows`` does not have the batch's number of tokens.
+    """
+    if rows.shape[0] != batch.num_tokens:
+        raise ValueError(
+            f"unpack: expected {batch.num_tokens} rows for {batch.num_sequences} sequences, "
+            f"got {rows.shape=}"
+        )
+    return batch.unpack(rows, fill)
