@@ -6,8 +6,11 @@ import logging
 from typing import Any
 
 from torch import nn
+from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
-from .families import bert
+from .families.bert import obstacle
+from .families.drop_in import check_config, to_twins
+from .models import BertModel
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -62,7 +65,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     The model may be a transformers BERT with any head, or anything that contains one: a
     ``SentenceTransformer``, a ``CrossEncoder``, a PEFT model, a module of your own. Modules get
-    the class of their drop-in twin (``fastbert.BertModel`` and so on), nothing is wrapped and
+    the class of their drop-in twin (``fastBertModel`` and so on), nothing is wrapped and
     nothing is copied, so hooks, optimizers and references that exist stay good. Doing it twice
     changes nothing.
 
@@ -83,22 +86,22 @@ def accelerate(model: nn.Module) -> Acceleration:
             f"accelerate: expected a torch.nn.Module, got {type(model).__name__}; "
             "for a pipeline give pipeline.model"
         )
-    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, bert.ENCODER)]
+    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, TheirBertModel)]
     if not encoders:
         raise ValueError(
             f"accelerate: expected a model with a transformers BertModel inside, got "
             f"{type(model).__name__} without one; BERT is the family that is covered"
         )
     for _, encoder in encoders:
-        bert.check_config(encoder.config)
-    changed = bert.to_twins(model)
+        check_config(encoder.config)
+    changed = to_twins(model)
     notes = []
     for name, encoder in encoders:
         where = name or type(encoder).__name__
-        if not isinstance(encoder, bert.BertModel):
+        if not isinstance(encoder, BertModel):
             reason = f"{type(encoder).__name__} is a subclass with code of its own"
         else:
-            reason = bert.obstacle(encoder)
+            reason = obstacle(encoder)
         if reason is not None:
             notes.append(f"{where}: {reason}")
     if notes:

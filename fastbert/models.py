@@ -1,6 +1,7 @@
 """The drop-in classes, under the names that transformers gives them."""
 
-from .families.bert import (
+from .families.bert import BertModel
+from .families.bert_heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -9,7 +10,6 @@ from .families.bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
-    BertModel,
 )
 
 __all__ = [

@@ -31,6 +31,7 @@ _KNOWN_HOOKS = (
     "accelerate.",
     "peft.",
     "torch.distributed.",
+    "transformers.modeling_utils",
     "transformers.utils.output_capturing",
 )
 _ACTIVATIONS = {

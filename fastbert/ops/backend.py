@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from typing import Any
 
 import torch
 
@@ -21,6 +21,9 @@ __all__ = ["BACKENDS", "backend", "forced", "interpreting", "resolve", "unavaila
 
 BACKENDS = ("torch", "triton")
 _MIN_CAPABILITY = (8, 0)  # below it there is no bf16 matrix unit and no asynchronous copy
+
+# What was found out about this process; a dict, because torch.compile cannot see into lru_cache.
+_known: dict[Any, Any] = {}
 
 
 class _Choice(threading.local):
@@ -54,22 +57,28 @@ def backend(name: str | None) -> Iterator[None]:
         _choice.name = previous
 
 
-@cache
 def _from_environment() -> str | None:
-    return _check(os.environ.get("FASTBERT_BACKEND") or None, "FASTBERT_BACKEND")
+    """The one place that reads ``FASTBERT_BACKEND``."""
+    if "FASTBERT_BACKEND" not in _known:
+        name = os.environ.get("FASTBERT_BACKEND") or None
+        _known["FASTBERT_BACKEND"] = _check(name, "FASTBERT_BACKEND")
+    return _known["FASTBERT_BACKEND"]
 
 
-@cache
 def interpreting() -> bool:
     """Whether Triton interprets its kernels, so that they run on CPU tensors."""
-    return (
-        os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-    )
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def unavailable(device_type: str, index: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on this device, or None if they can."""
+    key = (device_type, index)
+    if key not in _known:
+        _known[key] = _probe(device_type, index)
+    return _known[key]
+
+
+def _probe(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreting():

@@ -10,7 +10,7 @@ from .gradient import run_kernel
 from .library import define
 from .reference import embed_ref
 
-__all__ = ["embed"]
+__all__ = ["check_range", "embed"]
 
 
 def _launch(
@@ -66,6 +66,7 @@ def embed(
         ``[T, E]`` in the dtype of the tables.
 
     Raises:
+        TypeError: ids that are not integers.
         ValueError: shapes or devices that do not fit; on a CPU also ids outside their table. On a
         GPU
             a check would cost a synchronisation: there an id outside its table gives a row of NaN.
@@ -88,8 +89,7 @@ def embed(
             raise ValueError(
                 f"embed: expected tables [rows, {weight.shape[0]}], got {tuple(table.shape)}"
             )
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_range(name, ids, table.shape[0])
+        check_range(name, ids, table.shape[0])
     args = (
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
     )  # fmt: skip
@@ -102,8 +102,16 @@ def embed(
     return run_kernel(_embed, embed_ref, *args)
 
 
-def _check_range(name: str, ids: Tensor, rows: int) -> None:
-    if ids.numel() == 0:
+def check_range(name: str, ids: Tensor, rows: int) -> None:
+    """Raise for ids outside their table, where looking at them costs no synchronisation: on a CPU.
+
+    Raises:
+        TypeError: ids that are not integers.
+        ValueError: ids outside 0 to ``rows - 1``.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"embed: expected {name} in int32 or int64, got {ids.dtype}")
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(t) for t in ids.aminmax())
     if low < 0 or high >= rows:

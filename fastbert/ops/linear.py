@@ -212,14 +212,14 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's fp32 product takes these: plain tensors on a CPU, nothing being traced."""
     plain = (Tensor, torch.nn.Parameter)
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and type(x) in plain
         and type(weight) in plain
         and x.dim() >= 2
         and x.numel() > 0
         and torch._C._get_mkldnn_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn_linear()
         and resolve(x.device) == "torch"

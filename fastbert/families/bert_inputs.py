@@ -1,0 +1,185 @@
+"""What goes into BERT's first layer: checked inputs, the batch they make, and the embedded rows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as hf
+
+from .. import ops
+from ..ops.embedding import check_range
+from ..packing import PackedBatch, PaddedBatch
+from . import modules
+
+__all__ = ["check_inputs", "embed_rows", "make_batch"]
+
+
+def check_inputs(
+    model: hf.BertModel,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    """The input, ids ``[B, S]`` or embeddings ``[B, S, E]``, once it is known to fit."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    x = input_ids if inputs_embeds is None else inputs_embeds
+    name, dims = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
+    if x.dim() != dims:
+        axes = "[batch, length]" if dims == 2 else "[batch, length, hidden]"
+        raise ValueError(f"BertModel: expected {name} {axes}, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(
+            f"BertModel: expected at least one token, got {name} of shape {tuple(x.shape)}; "
+            "leave empty batches out"
+        )
+    weight = model.embeddings.LayerNorm.weight
+    if weight.device.type != "meta" and x.device != weight.device:
+        raise ValueError(
+            f"BertModel: expected {name} on {weight.device}, where the model is, got {x.device}"
+        )
+    shape = batch_size, length = x.shape[:2]
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != shape:
+        raise ValueError(
+            f"BertModel: expected an attention_mask {tuple(shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask is not None and attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            "BertModel: expected an attention_mask [batch, length] or "
+            f"[batch, heads or 1, length, length], got {tuple(attention_mask.shape)}; "
+            "a mask per query needs a dimension for the heads: mask[:, None]"
+        )
+    for other, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids is not None and (
+            ids.dim() != 2 or ids.shape[1] != length or batch_size % ids.shape[0]
+        ):
+            raise ValueError(f"BertModel: expected {other} {tuple(shape)}, got {tuple(ids.shape)}")
+    positions = model.embeddings.position_embeddings.num_embeddings
+    if position_ids is None and length > positions:
+        raise ValueError(
+            f"BertModel: expected at most {positions} tokens a sequence, the rows of the position "
+            f"table, got {length}; truncate (tokenizer(..., truncation=True)) or split the text"
+        )
+    return x
+
+
+def make_batch(
+    model: hf.BertModel,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+    keep_padding: bool,
+) -> PackedBatch | PaddedBatch:
+    """How this call's rows are laid out: packed, or padded where shapes may not depend on data."""
+    shape = tuple(x.shape[:2])
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return PaddedBatch(shape, bias=_bias(attention_mask, model.dtype))
+    traced = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or x.device.type == "meta"
+        or type(x) not in (Tensor, nn.Parameter)
+    )
+    if traced or keep_padding:
+        mask = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
+        return PaddedBatch(shape, key_mask=mask)
+    if attention_mask is None:
+        lengths = _packed_lengths(shape, position_ids, kwargs)
+        if lengths is None:
+            return PackedBatch.dense(*shape, x.device)
+        return PackedBatch.from_lengths(lengths, x.device)
+    batch = PackedBatch.from_mask(attention_mask, x.device)
+    if model.pooler is not None and not batch.starts_real:
+        # The pooler reads column 0, which is padding here: it has to be computed, as in
+        # transformers.
+        return PaddedBatch(shape, key_mask=attention_mask.to(x.device, torch.bool))
+    return batch
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask per query as what is added to the scores."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, float("-inf")
+        )
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"BertModel: expected a 4-D attention_mask in bool or floating point, got {mask.dtype}"
+        )
+    return mask.to(dtype)
+
+
+def _packed_lengths(
+    shape: tuple[int, int], position_ids: Tensor | None, kwargs: dict[str, Any]
+) -> list[int] | None:
+    """Sequences in a row that came packed: ``cu_seq_lens_q``, or positions that restart."""
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
+            raise ValueError(
+                "BertModel: expected cu_seq_lens_q to rise from 0 to the number of tokens of one "
+                f"packed row, got {ends} for input of shape {shape}"
+            )
+        return [end - start for start, end in pairwise(ends)]
+    if position_ids is None or shape[0] != 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    if len(starts) < 2 or starts[0] != 0:
+        return None
+    return [end - start for start, end in zip(starts, [*starts[1:], shape[1]], strict=True)]
+
+
+def embed_rows(
+    embeddings: hf.BertEmbeddings,
+    batch: PackedBatch | PaddedBatch,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    """The rows ``[T, E]`` that enter the first layer."""
+    x = input_ids if inputs_embeds is None else inputs_embeds
+
+    def rows(ids: Tensor) -> Tensor:
+        return batch.pack(ids.expand(x.shape[0], -1) if ids.shape[0] == 1 else ids)
+
+    positions = batch.columns(x.device) if position_ids is None else rows(position_ids)
+    types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
+    word, position, kind = (
+        embeddings.word_embeddings,
+        embeddings.position_embeddings,
+        embeddings.token_type_embeddings,
+    )
+    norm = modules.norm(embeddings.LayerNorm)
+    tables = (word, position, kind)
+    if (
+        inputs_embeds is None
+        and isinstance(norm, tuple)
+        and all(modules.is_plain_embedding(table) for table in tables)
+        and not (torch.is_grad_enabled() and any(t.weight.requires_grad for t in tables))
+    ):
+        hidden = ops.embed(
+            rows(input_ids), positions, types, *(t.weight for t in tables), *norm[:2], eps=norm.eps
+        )
+    else:
+        # With gradients nn.Embedding is called: its padding_idx keeps a row of the table frozen.
+        check_range("position_ids", positions, position.num_embeddings)
+        check_range("token_type_ids", types, kind.num_embeddings)
+        if input_ids is not None:
+            check_range("input_ids", input_ids, word.num_embeddings)
+        hidden = batch.pack(inputs_embeds) if input_ids is None else word(rows(input_ids))
+        hidden = hidden + kind(types) + position(positions)
+        if isinstance(norm, tuple):
+            hidden = ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            hidden = norm(hidden)
+    return F.dropout(hidden, modules.dropout_p(embeddings.dropout) or 0.0)
