@@ -1,28 +1,87 @@
-"""The specification of every op, in a few lines of torch each."""
+"""The specification of every op: what it computes, in a few lines of torch each.
+
+References run on any device, in any dtype up to fp64, are differentiable and know nothing of tiles
+or packing tricks. Kernels are tested against them, and torch is what they are where no kernel runs.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-_ACT = {
-    None: lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-
-def bias_activation_ref(x, bias, activation):
-    return _ACT[activation](x if bias is None else x + bias)
-
-
-def linear_ref(x, weight, bias=None, activation=None):
-    return _ACT[activation](F.linear(x, weight, bias))
+__all__ = [
+    "attention_ref",
+    "attention_varlen_ref",
+    "bias_activation_ref",
+    "embed_ref",
+    "layer_norm_ref",
+    "linear_ref",
+    "softmax_ref",
+]
 
 
-def layer_norm_ref(x, weight, bias, eps, residual=None, input_bias=None):
+def softmax_ref(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """``softmax(x * scale + mask)`` by row; bool masks keep what is True, rows without a key are 0."""
+    x = x * scale
+    if mask is not None:
+        x = x.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else x + mask
+    probabilities = torch.softmax(x, dim=-1)
+    if mask is None:
+        return probabilities
+    return probabilities.masked_fill((x == -math.inf).all(-1, keepdim=True), 0.0)
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(q @ k.T * scale + bias) @ v``; q ``[B, H, Sq, D]``, k and v ``[B, H, Sk, D]``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = bias
+    if key_mask is not None:
+        keep = key_mask[:, None, None, :]
+        mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
+    return softmax_ref(q @ k.transpose(-1, -2), mask, scale) @ v
+
+
+def attention_varlen_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    scale: float | None = None,
+) -> Tensor:
+    """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``."""
+    parts = [
+        attention_ref(*(t.transpose(0, 1)[None] for t in qkv), scale=scale)[0].transpose(0, 1)
+        for qkv in zip(
+            q.split(list(lengths_q)),
+            k.split(list(lengths_k)),
+            v.split(list(lengths_k)),
+            strict=True,
+        )
+    ]
+    return torch.cat(parts)
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """``LayerNorm(x + input_bias + residual) * weight + bias`` over the last dimension."""
     if input_bias is not None:
         x = x + input_bias
     if residual is not None:
@@ -31,8 +90,17 @@ def layer_norm_ref(x, weight, bias, eps, residual=None, input_bias=None):
 
 
 def embed_ref(
-    token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps
-):
+    token_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``."""
     x = F.embedding(token_ids, word)
     if token_type is not None:
         x = x + F.embedding(token_type_ids, token_type)
@@ -40,8 +108,22 @@ def embed_ref(
     return layer_norm_ref(x, weight, bias, eps)
 
 
-def softmax_ref(x, mask=None, scale=1.0):
-    x = x * scale
-    if mask is not None:
-        x = x.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else x + mask
-    return torch.softmax(x, -1).masked_fill((x == -torch.inf).all(-1, keepdim=True), 0.0)
+def bias_activation_ref(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activation(x + bias)``."""
+    x = x if bias is None else x + bias
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "relu":
+        return F.relu(x)
+    assert activation == "silu", activation
+    return F.silu(x)
+
+
+def linear_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """``activation(x @ weight.T + bias)``."""
+    out = F.linear(x, weight, bias)
+    return out if activation is None else bias_activation_ref(out, None, activation)

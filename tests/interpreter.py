@@ -1,0 +1,103 @@
+"""Makes Triton's interpreter right for bf16 and quicker, for tests only.
+
+The interpreter keeps bf16 as uint16 and multiplies those bit patterns, truncates where a GPU
+rounds to nearest even, and says nothing (triton issue 11584). Casts and ``tl.dot`` are mended
+here. Arithmetic on
+bf16 without a cast to fp32 is made an error instead: our kernels compute in fp32.
+
+It also looks through ``triton.language`` again at every call of a jitted helper; once per launch
+will do.
+"""
+
+import inspect
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _to_fp32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest even, as the hardware does."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _convert(src, dst_type, otherwise):
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source == target or tl.bfloat16 not in (source, target):
+        return otherwise()
+    data = _to_fp32(src.data) if source == tl.bfloat16 else src.data
+    if target == tl.bfloat16:
+        return interpreter.TensorHandle(_to_bf16(data.astype(np.float32)), target)
+    return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target)), target)
+
+
+def _mend_bf16() -> None:
+    builder = interpreter.InterpreterBuilder
+    cast_impl, fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    binary_op, unary_op, dot = builder.binary_op, builder.unary_op, builder.create_dot
+
+    def refuse(*handles):
+        if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
+            raise TypeError("arithmetic on bf16: cast to tl.float32 first")
+
+    def new_binary_op(self, lhs, rhs, op):
+        refuse(lhs, rhs)
+        return binary_op(self, lhs, rhs, op)
+
+    def new_unary_op(self, arg, op):
+        refuse(arg)
+        return unary_op(self, arg, op)
+
+    def new_dot(self, a, b, d, *args):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(_to_fp32(t.data), tl.float32) for t in (a, b))
+        return dot(self, a, b, d, *args)
+
+    builder.cast_impl = lambda self, src, dst: _convert(src, dst, lambda: cast_impl(self, src, dst))
+    builder.create_fp_to_fp = lambda self, src, dst, mode: _convert(
+        src, dst, lambda: fp_to_fp(self, src, dst, mode)
+    )
+    builder.binary_op, builder.unary_op, builder.create_dot = new_binary_op, new_unary_op, new_dot
+    builder.create_erf = lambda self, arg: interpreter.TensorHandle(
+        torch.erf(torch.from_numpy(np.ascontiguousarray(arg.data))).numpy(), arg.dtype.scalar
+    )
+
+
+def _patch_language_once_per_launch() -> None:
+    original = interpreter._patch_lang
+    languages_of: dict[int, frozenset[int]] = {}
+    patched: set[int] = set()
+    scopes: list = []
+
+    class _Outer:
+        def restore(self):
+            for scope in reversed(scopes):
+                scope.restore()
+            scopes.clear()
+            patched.clear()
+
+    def patch_lang(fn):
+        module = fn.__globals__
+        if id(module) not in languages_of:
+            languages_of[id(module)] = frozenset(
+                id(v) for v in module.values() if inspect.ismodule(v) and v in (tl, tl.core)
+            )
+        if not languages_of[id(module)] <= patched:
+            patched.update(languages_of[id(module)])
+            scopes.append(original(fn))
+        return _Outer()
+
+    interpreter._patch_lang = patch_lang
+
+
+def install() -> None:
+    """Mend the interpreter of this process."""
+    _mend_bf16()
+    _patch_language_once_per_launch()

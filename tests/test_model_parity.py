@@ -1,0 +1,319 @@
+"""Every head against transformers: the same weights, ragged batches, both backends, three dtypes.
+
+Three models per case: transformers in fp64 (oracle), transformers in the tested dtype (baseline),
+ours. Only real positions are compared; what padding holds is tested on its own.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+from fastbert.testing import assert_within_budget
+
+HEADS = (
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertForNextSentencePrediction",
+    "BertForMultipleChoice",
+    "BertForPreTraining",
+    "BertLMHeadModel",
+)
+# Lengths 9 (full), 4, 1 and 7 of 9, and the same padded on the left, with a hole, or not at all.
+RIGHT = (torch.arange(9) < torch.tensor([9, 4, 1, 7])[:, None]).long()
+MASKS = {
+    "none": None,
+    "ones": torch.ones_like(RIGHT),
+    "right": RIGHT,
+    "right, bool": RIGHT.bool(),
+    "right, float": RIGHT.float(),
+    "left": RIGHT.flip(1),
+    "hole": RIGHT * (torch.arange(9) != 2),
+}
+FLAGS = {"output_hidden_states": True, "output_attentions": True}
+
+
+def tiny_config(**changes) -> transformers.BertConfig:
+    options = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=99,
+        max_position_embeddings=40,
+        attn_implementation="eager",  # the one that returns attention weights
+    )
+    return transformers.BertConfig(**{**options, **changes})
+
+
+def pair(head: str, device: str = "cpu", **changes):
+    """transformers' model and ours with the same weights, larger than the usual initialisation."""
+    torch.manual_seed(0)
+    config = tiny_config(initializer_range=0.3, **changes)
+    theirs = getattr(transformers, head)(copy.deepcopy(config)).eval().to(device)
+    ours = getattr(fastbert, head)(copy.deepcopy(config)).eval().to(device)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inputs_for(head: str, mask: torch.Tensor | None, device: str = "cpu") -> dict:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 99, (4, 9), generator=generator)
+    types = torch.randint(0, 2, (4, 9), generator=generator)
+    inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    if head == "BertForMultipleChoice":
+        inputs = {k: None if v is None else v.view(2, 2, 9) for k, v in inputs.items()}
+    return {k: None if v is None else v.to(device) for k, v in inputs.items()}
+
+
+def flatten(output, real: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Name -> tensor, padded positions removed, nested tuples numbered."""
+    flat = {}
+    for key, value in output.items():
+        values = value if isinstance(value, tuple) else (value,)
+        for i, tensor in enumerate(values):
+            if real is not None and tensor.shape[:2] == real.shape:
+                tensor = tensor[real]
+            elif real is not None and tensor.dim() == 4:  # attention weights, by query
+                tensor = tensor.transpose(1, 2)[real]
+            flat[f"{key}.{i}"] = tensor
+    return flat
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_head_matches_transformers(head, mask, device, each_backend):
+    theirs, ours = pair(head, device)
+    inputs = inputs_for(head, mask, device)
+    real = None if mask is None else mask.bool().to(device)
+    with torch.no_grad():
+        baseline = theirs(**inputs, **FLAGS)
+        oracle = copy.deepcopy(theirs).double()(**inputs, **FLAGS)
+        actual = ours(**inputs, **FLAGS)
+    assert list(actual) == list(baseline)
+    actual, baseline, oracle = (flatten(x, real) for x in (actual, baseline, oracle))
+    for name in baseline:
+        assert_within_budget(actual[name], oracle[name], baseline[name], f"{head} {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM"])
+def test_half_precision_matches_transformers(head, dtype, device, each_backend):
+    theirs, ours = pair(head, device)
+    theirs.config.output_hidden_states = ours.config.output_hidden_states = True
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    inputs = inputs_for(head, RIGHT, device)
+    with torch.no_grad():
+        baseline, actual = theirs(**inputs), ours(**inputs)
+        oracle = theirs.double()(**inputs)
+    real = RIGHT.bool().to(device)
+    actual, baseline, oracle = (flatten(x, real) for x in (actual, baseline, oracle))
+    for name in baseline:
+        assert_within_budget(actual[name], oracle[name], baseline[name], f"{head} {name}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "relu"},
+        {"hidden_act": "gelu_new"},
+        {"hidden_act": "silu"},
+        {"hidden_act": "tanh"},  # not one that is fused: called as a module
+        {"num_attention_heads": 1},
+        {"hidden_size": 48, "num_attention_heads": 3},
+        {"type_vocab_size": 1},
+        {"num_hidden_layers": 0},
+        {"layer_norm_eps": 0.1},
+    ],
+    ids=str,
+)
+def test_config_matches_transformers(changes, device, each_backend):
+    theirs, ours = pair("BertModel", device, **changes)
+    inputs = inputs_for("BertModel", RIGHT, device)
+    inputs["token_type_ids"] = None
+    with torch.no_grad():
+        baseline, actual = theirs(**inputs), ours(**inputs)
+        oracle = theirs.double()(**inputs)
+    real = RIGHT.bool().to(device)
+    for name in ("last_hidden_state", "pooler_output"):
+        rows = (t[name][real] if name == "last_hidden_state" else t[name] for t in
+                (actual, oracle, baseline))  # fmt: skip
+        assert_within_budget(*rows, f"{changes} {name}")
+
+
+def mask_4d(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    keep = torch.rand(4, 2, 9, 9, generator=generator) < 0.7
+    keep |= torch.eye(9, dtype=torch.bool)  # every query sees itself
+    shaped = {"per head": keep, "shared": keep[:, :1], "one for all": keep[:1, :1]}[kind]
+    return torch.zeros(shaped.shape).masked_fill(~shaped, -torch.inf)
+
+
+@pytest.mark.parametrize("kind", ["per head", "shared", "one for all"])
+def test_mask_per_query_matches_transformers(kind, device, each_backend):
+    theirs, ours = pair("BertModel", device)
+    inputs = inputs_for("BertModel", mask_4d(kind), device)
+    with torch.no_grad():
+        baseline, actual = theirs(**inputs), ours(**inputs)
+        as_bool = ours(**{**inputs, "attention_mask": inputs["attention_mask"] == 0})
+        oracle = theirs.double()(**{**inputs, "attention_mask": inputs["attention_mask"].double()})
+    for got in (actual, as_bool):
+        assert_within_budget(got[0], oracle[0], baseline[0], f"4-D mask {kind}")
+
+
+def test_embeddings_and_positions_match_transformers(device, each_backend):
+    theirs, ours = pair("BertModel", device)
+    generator = torch.Generator().manual_seed(3)
+    real = RIGHT.bool().to(device)
+    positions = torch.randint(0, 40, (4, 9), generator=generator).to(device)
+    embeds = torch.randn(4, 9, 32, generator=generator).to(device)
+    ids = inputs_for("BertModel", None, device)["input_ids"]
+    for inputs in (
+        {"inputs_embeds": embeds},
+        {"inputs_embeds": embeds, "position_ids": positions},
+        {"input_ids": ids, "position_ids": positions},
+        {"input_ids": ids, "position_ids": positions[:1]},
+    ):
+        with torch.no_grad():
+            baseline = theirs(**inputs, attention_mask=real)[0][real]
+            actual = ours(**inputs, attention_mask=real)[0][real]
+            wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+            oracle = copy.deepcopy(theirs).double()(**wide, attention_mask=real)[0][real]
+        assert_within_budget(actual, oracle, baseline, str(list(inputs)))
+
+
+def test_return_dict_false_gives_the_same_tuple(device, each_backend):
+    for head in HEADS:
+        theirs, ours = pair(head, device)
+        inputs = inputs_for(head, RIGHT, device)
+        for flags in ({}, FLAGS):
+            with torch.no_grad():
+                expected = theirs(**inputs, **flags, return_dict=False)
+                actual = ours(**inputs, **flags, return_dict=False)
+            assert [type(t) for t in actual] == [type(t) for t in expected], head
+
+
+LABELS = torch.randint(0, 99, (4, 9), generator=torch.Generator().manual_seed(4))
+LOSSES = {
+    "masked LM": ("BertForMaskedLM", {"labels": LABELS.masked_fill(RIGHT == 0, -100)}),
+    "masked LM, labels at padding": ("BertForMaskedLM", {"labels": LABELS}),
+    "tokens": (
+        "BertForTokenClassification",
+        {"labels": (LABELS % 2).masked_fill(RIGHT == 0, -100)},
+    ),
+    "tokens, labels at padding": ("BertForTokenClassification", {"labels": LABELS % 2}),
+    "answers": (
+        "BertForQuestionAnswering",
+        {
+            "start_positions": torch.tensor([1, 2, 0, 3]),
+            "end_positions": torch.tensor([3, 3, 0, 4]),
+        },
+    ),
+    "classes": ("BertForSequenceClassification", {"labels": torch.tensor([0, 1, 1, 0])}),
+    "pre-training": (
+        "BertForPreTraining",
+        {
+            "labels": LABELS.masked_fill(RIGHT == 0, -100),
+            "next_sentence_label": torch.tensor([0, 1, 1, 0]),
+        },
+    ),
+    "next sentence": ("BertForNextSentencePrediction", {"labels": torch.tensor([0, 1, 1, 0])}),
+    "multiple choice": ("BertForMultipleChoice", {"labels": torch.tensor([0, 1])}),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_match_transformers(name, device, each_backend):
+    head, labels = LOSSES[name]
+    theirs, ours = pair(head, device)
+    labels = {k: v.to(device) for k, v in labels.items()}
+    inputs = inputs_for(head, RIGHT, device)
+    exact = copy.deepcopy(theirs).double()
+    losses = [model(**inputs, **labels).loss for model in (theirs, exact, ours)]
+    baseline, oracle, actual = losses
+    assert_within_budget(actual.detach(), oracle.detach(), baseline.detach(), f"{name} loss")
+    for loss in losses:
+        loss.backward()
+    # One comparison over all gradients, each in units of its own largest value: how lucky torch was
+    # with the few values of one small parameter says nothing about ours.
+    gradients = {"ours": [], "exact": [], "theirs": []}
+    models = zip(ours.named_parameters(), exact.parameters(), theirs.parameters(), strict=True)
+    for (key, p), p64, p32 in models:
+        assert (p.grad is None) == (p32.grad is None), key
+        if p.grad is None:
+            continue
+        unit = p64.grad.abs().max()
+        if unit > 1e-12:  # a key's bias has no gradient: softmax does not see a shift
+            for kind, q in (("ours", p), ("exact", p64), ("theirs", p32)):
+                gradients[kind].append((q.grad.double() / unit).flatten())
+    got, oracle, baseline = (torch.cat(gradients[k]) for k in ("ours", "exact", "theirs"))
+    assert_within_budget(got.float(), oracle, baseline, f"{name} gradients")
+
+
+def test_padding_is_zeros_and_cannot_be_an_answer(device, each_backend):
+    padding = (RIGHT == 0).to(device)
+    with torch.no_grad():
+        _, ours = pair("BertModel", device)
+        assert not ours(**inputs_for("BertModel", RIGHT, device))[0][padding].any()
+        _, ours = pair("BertForQuestionAnswering", device)
+        output = ours(**inputs_for("BertForQuestionAnswering", RIGHT, device))
+    lowest = torch.finfo(torch.float32).min
+    assert (output.start_logits[padding] == lowest).all()
+    assert (output.end_logits[padding] == lowest).all()
+
+
+def test_a_sequence_does_not_see_its_neighbours(device, each_backend):
+    """Alone, beside others, in another order, with more padding: the same up to rounding."""
+    theirs, ours = pair("BertModel", device)
+    inputs = inputs_for("BertModel", RIGHT, device)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        together = ours(ids, mask)[0]
+        oracle = theirs.double()(ids, mask)[0]
+        order = torch.tensor([2, 0, 3, 1], device=device)
+        permuted = ours(ids[order], mask[order])[0]
+        wider = ours(torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5)))[0]
+        for i, length in enumerate(mask.sum(1).tolist()):
+            alone = ours(ids[i : i + 1, :length])[0][0]
+            exact = oracle[i, :length]
+            assert_within_budget(together[i, :length], exact, alone, "beside others")
+            at = order.tolist().index(i)
+            assert_within_budget(permuted[at, :length], exact, alone, "permuted")
+            assert_within_budget(wider[i, :length], exact, alone, "padded further")
+
+
+def test_padding_on_the_left_with_its_positions_changes_nothing(device, each_backend):
+    _, ours = pair("BertModel", device)
+    inputs = inputs_for("BertModel", RIGHT, device)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    shift = (9 - mask.sum(1, keepdim=True)).long()
+    column = (torch.arange(9, device=device) - shift) % 9
+    left_ids, left_mask = ids.gather(1, column), mask.gather(1, column)
+    with torch.no_grad():
+        right = ours(ids, mask)[0]
+        left = ours(left_ids, left_mask, position_ids=column)[0]
+        exact = pair("BertModel", device)[0].double()(ids, mask)[0]
+    assert_within_budget(left[left_mask.bool()], exact[mask.bool()], right[mask.bool()], "left")
+
+
+def test_packed_input_keeps_its_sequences_apart(device, each_backend):
+    _, ours = pair("BertModel", device)
+    inputs = inputs_for("BertModel", RIGHT, device)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    lengths = mask.sum(1).tolist()
+    flat = ids[mask][None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    with torch.no_grad():
+        expected = ours(ids, mask)[0][mask]
+        by_position = ours(flat, position_ids=positions)[0][0]
+        by_length = ours(flat, position_ids=positions, cu_seq_lens_q=cu_seqlens.to(device))[0][0]
+    torch.testing.assert_close(by_position, expected)
+    torch.testing.assert_close(by_length, expected)
+    with pytest.raises(ValueError, match="cu_seq_lens_q to rise"):
+        ours(flat, cu_seq_lens_q=cu_seqlens[:-1].to(device))
