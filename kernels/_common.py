@@ -28,15 +28,21 @@ def _gelu(x, SHORT_ERF: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(x):
+    e = tl.exp2(-tl.abs(x) * LOG2E)  # at most 1: no overflow for either sign
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr, SHORT_ERF: tl.constexpr):
     """One of `ACTIVATIONS` on fp32 values."""
     if ACTIVATION == "gelu":
         return _gelu(x, SHORT_ERF)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
     else:
         tl.static_assert(ACTIVATION == "silu")
-        return x * tl.sigmoid(x)
+        return x * _sigmoid(x)

@@ -7,7 +7,6 @@ instructions or overflows shared memory (tests/test_kernel_compile.py does so fo
 **None has been timed on a GPU yet**: among the survivors the choice follows published tile sizes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -75,32 +74,46 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# (architecture, 16-bit, padded head size) -> (block_m, block_n, warps, stages), by key length:
-# the first entries for keys that fit one tile, the last for longer ones.
-_ONE_TILE = {
-    (90, True, 16): ((64, 64, 4, 1), (64, 128, 4, 1)),
-    (90, True, 32): ((64, 64, 4, 1), (64, 128, 4, 1)),
-    (90, True, 64): ((64, 64, 4, 1), (64, 128, 4, 1)),
-    (90, True, 128): ((64, 64, 4, 1), (64, 128, 8, 1)),
+# Padded head size -> tiles (block_m, block_n, warps, stages). The first ones hold all keys in one
+# step, shortest first; the last walks over keys. 16-bit tables by architecture, without and with a
+# bias, which takes registers of its own.
+_Tiles = tuple[tuple[int, int, int, int], ...]
+_AMPERE: dict[bool, dict[int, _Tiles]] = {
+    False: {
+        16: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 64, 4, 2)),
+        32: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 64, 4, 2)),
+        64: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 64, 4, 2)),
+        128: ((64, 64, 8, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
+    },
+    True: {
+        16: ((64, 64, 8, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
+        32: ((64, 64, 8, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
+        64: ((64, 64, 8, 1), (64, 128, 8, 1), (64, 64, 8, 2)),
+        128: ((64, 64, 8, 1), (64, 128, 8, 1), (32, 32, 4, 2)),
+    },
 }
-_ONLINE = {
-    (90, True, 16): (128, 64, 8, 3),
-    (90, True, 32): (128, 64, 8, 3),
-    (90, True, 64): (128, 64, 8, 3),
-    (90, True, 128): (128, 64, 8, 2),
+_HOPPER: dict[bool, dict[int, _Tiles]] = {
+    False: {
+        16: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
+        32: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
+        64: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
+        128: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 64, 8, 2)),
+    },
+    True: {
+        16: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
+        32: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
+        64: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 64, 8, 2)),
+        128: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 32, 4, 2)),
+    },
 }
-for _arch in (80, 89):
-    for _d in (16, 32, 64):
-        _ONE_TILE[_arch, True, _d] = ((64, 64, 4, 1), (64, 128, 8, 1))
-        _ONLINE[_arch, True, _d] = (64, 64, 4, 2)
-    _ONE_TILE[_arch, True, 128] = ((64, 64, 8, 1),)
-    _ONLINE[_arch, True, 128] = (64, 64, 8, 2)
-for (
-    _arch
-) in ARCHITECTURES:  # fp32 products run outside the matrix units: small tiles, few registers
-    for _d in (16, 32, 64, 128):
-        _ONE_TILE[_arch, False, _d] = ((32, 32, 4, 1),)
-        _ONLINE[_arch, False, _d] = (32, 32, 4, 1)
+_ATTENTION = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER}
+# fp32 products run outside the matrix units, on operands in registers: small tiles.
+_ATTENTION_FP32: dict[int, _Tiles] = {
+    16: ((16, 32, 4, 1), (16, 32, 4, 1)),
+    32: ((16, 32, 4, 1), (16, 32, 4, 1)),
+    64: ((32, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((16, 32, 8, 1), (16, 32, 8, 1)),
+}
 
 
 @cache
@@ -123,24 +136,33 @@ def attention_tile(
             f"attention: the kernels support head sizes up to {MAX_HEAD_DIM}, got {head_dim}"
         )
     block_d = max(16, next_power_of_2(head_dim))
-    key = (_known(arch), dtype.itemsize == 2, block_d)
-    for block_m, block_n, num_warps, num_stages in _ONE_TILE[key]:
+    if dtype.itemsize == 2:
+        *whole, walking = _ATTENTION[_known(arch)][has_bias][block_d]
+    else:
+        *whole, walking = _ATTENTION_FP32[block_d]
+    for block_m, block_n, num_warps, num_stages in whole:
         if max_seqlen_k <= block_n:
             return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=True)
-    block_m, block_n, num_warps, num_stages = _ONLINE[key]
+    block_m, block_n, num_warps, num_stages = walking
     return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=False)
 
 
-def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> Iterator[AttentionTile]:
-    """Every tile that `attention_tile` can return for these."""
-    seen = set()
-    for length in (1, 33, 65, 129, 8192):
-        tile = attention_tile(
-            head_dim=head_dim, dtype=dtype, arch=arch, max_seqlen_q=length, max_seqlen_k=length
+def attention_tiles(
+    arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool
+) -> list[AttentionTile]:
+    """Every tile that `attention_tile` can return for these, by length of the keys."""
+    tiles = [
+        attention_tile(
+            head_dim=head_dim,
+            dtype=dtype,
+            arch=arch,
+            max_seqlen_q=length,
+            max_seqlen_k=length,
+            has_bias=has_bias,
         )
-        if tile not in seen:
-            seen.add(tile)
-            yield tile
+        for length in (1, 33, 65, 129, 8192)
+    ]
+    return list(dict.fromkeys(tiles))
 
 
 _GEMM = {
@@ -174,7 +196,7 @@ def layernorm_tile(width: int) -> RowTile:
     """About 4096 values a program: one row of a wide model, several of a narrow one."""
     block_n = next_power_of_2(width)
     rows = max(1, min(16, 2048 // block_n))
-    num_warps = 4 if block_n <= 2048 else (8 if block_n <= 4096 else 16)
+    num_warps = 4 if block_n <= 2048 else 16
     return RowTile(rows, block_n, num_warps)
 
 

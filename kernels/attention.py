@@ -146,7 +146,7 @@ def _attention_fwd_kernel(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SINGLE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, RELOAD_Q: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence, tile, q_start, k_start, seq_q, seq_k = _locate(
         tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence, len_q, len_k
@@ -182,6 +182,8 @@ def _attention_fwd_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         full = seq_k // BLOCK_N * BLOCK_N
         for start in range(0, full, BLOCK_N):
+            if RELOAD_Q:
+                q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, start + offs_n,
                 offs_d, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, seq_k,
@@ -296,6 +298,7 @@ def _launch(
             out, lse, q, k, v, key_mask, bias, cu_seqlens_q, cu_seqlens_k, tile_map,
             *strides, *sizes, scale * LOG2E.value,
             HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d, SINGLE=tile.single, INPUT_PRECISION=input_precision(q.dtype),
+            BLOCK_D=tile.block_d, SINGLE=tile.single,
+            RELOAD_Q=q.dtype == torch.float32, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -21,7 +21,7 @@ def normalize(z, mask_n, weight_ptr, bias_ptr, offs_n, eps, N: tl.constexpr):
     """LayerNorm of fp32 rows [ROWS, BLOCK_N], zero outside ``mask_n`` -> (y, mean, rstd)."""
     mean = tl.sum(z, 1) / N
     centred = tl.where(mask_n[None, :], z - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)

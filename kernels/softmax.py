@@ -25,7 +25,7 @@ def _softmax_fwd_kernel(
     stride_x_b, stride_x_h, stride_x_q,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n,
     M, num_heads, num_queries,
-    scale_log2,
+    scale,
     N: tl.constexpr,
     IS_BOOL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -40,7 +40,7 @@ def _softmax_fwd_kernel(
     sequence = offs_m // num_queries // num_heads
     x_rows = sequence * stride_x_b + head * stride_x_h + query * stride_x_q
     x = tl.load(x_ptr + x_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = x * scale_log2  # [ROWS, BLOCK_N], in units of log2
+    s = x * scale  # [ROWS, BLOCK_N]
     if mask_ptr is not None:
         mask_rows = sequence * stride_mask_b + head * stride_mask_h + query * stride_mask_q
         offs_mask = mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mask_n
@@ -48,10 +48,11 @@ def _softmax_fwd_kernel(
         if IS_BOOL:
             s = tl.where(given != 0, s, float("-inf"))
         else:
-            s += given.to(tl.float32) * LOG2E
+            s += given.to(tl.float32)
     s = tl.where(mask_n[None, :], s, float("-inf"))
     top = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    # To units of log2 after the difference, which is exact near the top, where p is large.
+    p = tl.exp2((s - tl.where(top == float("-inf"), 0.0, top)[:, None]) * LOG2E)
     total = tl.sum(p, 1)
     y = p / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -80,7 +81,7 @@ def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> 
         _softmax_fwd_kernel[(triton.cdiv(m, tile.rows),)](
             y, x, mask,
             *x.stride()[:3], *((0, 0, 0, 0) if mask is None else mask.stride()),
-            m, num_heads, num_queries, scale * LOG2E.value,
+            m, num_heads, num_queries, scale,
             N=n, IS_BOOL=is_bool, ROWS=tile.rows, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )  # fmt: skip

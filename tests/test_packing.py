@@ -75,7 +75,7 @@ def test_runs_join_equal_neighbours():
 
 
 def test_from_mask_reads_the_host_once(monkeypatch):
-    """``tolist`` is the one call that waits for a device; ``nonzero`` and ``item`` would wait too."""
+    """``tolist`` waits for a device once; ``nonzero`` and ``item`` would wait too."""
     calls = []
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (calls.append("tolist"), original(t))[1])

@@ -1,0 +1,194 @@
+"""The attention kernels against their reference, through the ops that launch them."""
+
+import pytest
+import torch
+
+import fastbert
+from fastbert import ops
+from fastbert.ops.reference import attention_ref, attention_varlen_ref
+from fastbert.packing import PackedBatch
+from fastbert.testing import assert_within_budget
+
+pytest.importorskip("triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# One token, primes, an empty sequence; keys in one tile, over a tile edge, in several tiles.
+RAGGED = {
+    "one token": [1],
+    "short": [1, 7, 0, 31],
+    "tile edge": [32, 33, 64, 1],
+    "two tiles": [65, 3, 127],
+    "walks": [131, 1, 200],
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with fastbert.backend("triton"):
+        yield
+
+
+def projection(total: int, heads: int, head_dim: int, dtype, device):
+    """q, k and v as the encoder has them: views of one [T, 3, H, D]."""
+    return torch.randn(total, 3, heads, head_dim).to(device, dtype).unbind(1)
+
+
+def check_varlen(q, k, v, lengths, key_lengths=None, scale=None):
+    batch = PackedBatch.from_lengths(lengths, q.device)
+    keys = None if key_lengths is None else PackedBatch.from_lengths(key_lengths, q.device)
+    actual = ops.attention_varlen(q, k, v, batch, key_batch=keys, scale=scale)
+    assert actual.is_contiguous()
+    reference = (lengths, key_lengths or lengths, scale)
+    oracle = attention_varlen_ref(q.double(), k.double(), v.double(), *reference)
+    baseline = attention_varlen_ref(q, k, v, *reference)
+    assert_within_budget(actual, oracle, baseline, f"attention_varlen {lengths}")
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_varlen_matches_reference(lengths, dtype, device):
+    check_varlen(*projection(sum(lengths), 2, 64, dtype, device), lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 48, 80, 96, 128])
+def test_varlen_matches_reference_for_every_head_size(head_dim, dtype, device):
+    for lengths in ([5, 1, 30], [70, 130]):
+        check_varlen(*projection(sum(lengths), 2, head_dim, dtype, device), lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_varlen_cross_lengths_and_no_keys(dtype, device):
+    q = torch.randn(44, 2, 32).to(device, dtype)
+    k, v = torch.randn(2, 140, 2, 32).to(device, dtype)
+    actual = check_varlen(q, k, v, [3, 40, 0, 1], [130, 7, 3, 0])
+    assert not actual[43:].any()  # the last query's sequence has no keys
+
+
+def test_scale_is_honoured(device):
+    for scale in (0.0, 0.05, 2.0):
+        check_varlen(*projection(40, 2, 32, torch.float32, device), [33, 7], scale=scale)
+
+
+def test_large_scores_stay_finite(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = projection(150, 2, 32, dtype, device)
+        check_varlen(q * 30, k * 30, v, [130, 20])
+
+
+def test_sequence_does_not_depend_on_neighbours_bit_for_bit(device):
+    lengths = [17, 130, 1, 64]
+    q, k, v = projection(sum(lengths), 2, 32, torch.float16, device)
+    batch = PackedBatch.from_lengths(lengths, device)
+    together = ops.attention_varlen(q, k, v, batch).split(lengths)
+    order = [2, 0, 3, 1]
+    rows = torch.cat([torch.arange(sum(lengths), device=device).split(lengths)[i] for i in order])
+    shuffled = [lengths[i] for i in order]
+    moved = ops.attention_varlen(
+        q[rows], k[rows], v[rows], PackedBatch.from_lengths(shuffled, device)
+    ).split(shuffled)
+    for at, i in enumerate(order):
+        assert torch.equal(moved[at], together[i])
+    again = ops.attention_varlen(q, k, v, batch).split(lengths)
+    assert all(map(torch.equal, together, again))
+
+
+def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
+    """The same rows through every tile: results within the budget, statistics too."""
+    from fastbert.kernels._tiles import AttentionTile
+    from fastbert.kernels.attention import attention_varlen_fwd
+
+    lengths = [30, 1, 17]
+    q, k, v = projection(48, 2, 32, torch.float32, device)
+    batch = PackedBatch.from_lengths(lengths, device)
+    wide = [t.double() for t in (q, k, v)]
+    oracle = attention_varlen_ref(*wide, lengths, lengths)
+    baseline = attention_varlen_ref(q, k, v, lengths, lengths)
+    sums = [
+        [
+            torch.logsumexp(
+                torch.einsum("qhd,khd->hqk", *(t.split(lengths)[i] for t in qk)) * 32**-0.5, -1
+            ) / torch.log(torch.tensor(2.0, dtype=qk[0].dtype))
+            for i in range(3)
+        ]
+        for qk in (wide[:2], (q, k))
+    ]  # fmt: skip
+    oracle_lse, baseline_lse = (torch.cat(s, -1) for s in sums)
+    for single, block_m, block_n in ((True, 32, 32), (False, 32, 32), (False, 16, 16)):
+        tile = AttentionTile(block_m, block_n, 32, 4, 1, single)
+        out, lse = attention_varlen_fwd(
+            q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.tile_map(block_m), tile,
+            scale=32**-0.5,
+        )  # fmt: skip
+        assert_within_budget(out, oracle, baseline, f"out, {tile}")
+        assert_within_budget(lse, oracle_lse, baseline_lse, f"log-sum-exp, {tile}")
+
+
+PADDED = {  # (B, H, Sq, Sk, D)
+    "self": (2, 2, 33, 33, 32),
+    "walks": (2, 2, 20, 150, 64),
+    "one query": (2, 3, 1, 70, 16),
+    "one key": (1, 2, 5, 1, 80),
+}
+
+
+def key_mask(batch_size: int, keys: int, device) -> torch.Tensor:
+    """Holes in the middle; the last sequence has no key at all."""
+    mask = torch.rand(batch_size, keys) < 0.6
+    mask[-1] = False
+    return mask.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias_shape", [None, "full", "per head", "per key", "per query"])
+def test_padded_matches_reference(shape, dtype, masked, bias_shape, device):
+    b, h, sq, sk, d = shape
+    q = torch.randn(b, sq, h, d).to(device, dtype).transpose(1, 2)
+    k, v = torch.randn(b, sk, 2, h, d).to(device, dtype).permute(2, 0, 3, 1, 4)
+    mask = key_mask(b, sk, device) if masked else None
+    bias = None
+    if bias_shape is not None:
+        dims = {
+            "full": (b, h, sq, sk),
+            "per head": (1, h, sq, sk),
+            "per key": (b, 1, 1, sk),
+            "per query": (1, 1, sq, 1),
+        }[bias_shape]
+        bias = torch.randn(dims).to(device, dtype)
+        bias[..., 0, 0] = -torch.inf
+    actual = ops.attention(q, k, v, key_mask=mask, bias=bias)
+    assert actual.transpose(1, 2).is_contiguous()
+    wide = None if bias is None else bias.double()
+    oracle = attention_ref(q.double(), k.double(), v.double(), mask, wide)
+    baseline = attention_ref(q, k, v, mask, bias)
+    assert_within_budget(actual, oracle, baseline, f"attention {shape}")
+    if masked:
+        assert not actual[-1].any()
+
+
+def test_bool_bias_keeps_what_is_true(device):
+    q, k, v = torch.randn(3, 2, 2, 9, 16).to(device)
+    keep = torch.rand(2, 1, 9, 9).to(device) < 0.5
+    as_floats = torch.zeros(2, 1, 9, 9, device=device).masked_fill(~keep, -torch.inf)
+    assert torch.equal(ops.attention(q, k, v, bias=keep), ops.attention(q, k, v, bias=as_floats))
+
+
+@pytest.mark.gpu
+def test_packed_equals_padded_at_a_real_size_bf16(device):
+    lengths = [512, 1, 300, 77]
+    q, k, v = projection(sum(lengths), 12, 64, torch.bfloat16, device)
+    check_varlen(q, k, v, lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.large
+def test_addresses_beyond_31_bits(device):
+    total = 1_000_000
+    q, k, v = projection(total, 12, 64, torch.float16, device)
+    lengths = [100] * (total // 100)
+    out = ops.attention_varlen(q, k, v, PackedBatch.from_lengths(lengths, device))
+    last = [t[-100:] for t in (q, k, v)]
+    oracle = attention_varlen_ref(*(t.double() for t in last), [100], [100])
+    assert_within_budget(out[-100:], oracle, attention_varlen_ref(*last, [100], [100]), "last rows")
