@@ -1,7 +1,6 @@
 """Facts about the device a tensor is on, read at the first launch and kept."""
 
 from contextlib import nullcontext
-from functools import cache
 
 import torch
 
@@ -10,10 +9,15 @@ _INTERPRETED_ARCH = 90
 _INTERPRETED_SMS = 4
 
 
-@cache
+_facts: dict[int, tuple[int, int]] = {}  # torch.compile cannot see into lru_cache
+
+
 def _cuda_facts(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    if index not in _facts:
+        properties = torch.cuda.get_device_properties(index)
+        arch = 10 * properties.major + properties.minor
+        _facts[index] = (arch, properties.multi_processor_count)
+    return _facts[index]
 
 
 def device_arch(device: torch.device) -> int:

@@ -8,7 +8,6 @@ instructions or overflows shared memory (tests/test_kernel_compile.py does so fo
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -116,7 +115,6 @@ _ATTENTION_FP32: dict[int, _Tiles] = {
 }
 
 
-@cache
 def attention_tile(
     *,
     head_dim: int,
@@ -191,7 +189,6 @@ def linear_route(*, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> st
     return "library"
 
 
-@cache
 def layernorm_tile(width: int) -> RowTile:
     """About 4096 values a program: one row of a wide model, several of a narrow one."""
     block_n = next_power_of_2(width)
@@ -200,7 +197,6 @@ def layernorm_tile(width: int) -> RowTile:
     return RowTile(rows, block_n, num_warps)
 
 
-@cache
 def softmax_tile(width: int) -> RowTile:
     """Several short rows a program, one long row."""
     block_n = max(16, next_power_of_2(width))
@@ -208,7 +204,6 @@ def softmax_tile(width: int) -> RowTile:
     return RowTile(rows, block_n, 4 if block_n <= 2048 else 8)
 
 
-@cache
 def bias_activation_tile(width: int) -> RowTile:
     """A strip of one row per program; wide rows take several strips."""
     block_n = min(1024, next_power_of_2(width))

@@ -1,4 +1,4 @@
-"""BERT's model and layer as drop-in classes, and where transformers keeps what a packed layer needs.
+"""BERT's model and layer as drop-in classes, and where transformers keeps a layer's weights.
 
 Each class is its transformers parent and nothing more until ``forward``: parameters, state-dict
 names, saving and loading are the parent's. `BertModel.forward` decides once per call. On the

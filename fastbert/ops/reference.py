@@ -25,7 +25,7 @@ __all__ = [
 
 
 def softmax_ref(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """``softmax(x * scale + mask)`` by row; bool masks keep what is True, rows without a key are 0."""
+    """``softmax(x * scale + mask)`` by row; a bool mask keeps True; a row without a key is 0."""
     x = x * scale
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else x + mask

@@ -1,0 +1,319 @@
+"""The boundary of the ops: backends, gradients, compilation, registration, errors."""
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from fastbert import ops
+from fastbert.ops import backend as backend_module  # the function and its module share a name
+from fastbert.ops.reference import attention_ref, attention_varlen_ref, linear_ref
+from fastbert.packing import PackedBatch
+from fastbert.testing import assert_within_budget
+
+LENGTHS = [5, 1, 12]
+
+
+@contextmanager
+def without_onednn(monkeypatch):
+    """Products as torch makes them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["fastbert.ops.linear"], "_has_onednn_linear", lambda: False)
+        yield
+
+
+def batch_of(device, lengths=LENGTHS):
+    return PackedBatch.from_lengths(lengths, device)
+
+
+def example(name: str, device: str, dtype=torch.float32, grad: bool = False):
+    """A call of each op: function, tensors, keyword arguments."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.to(device, dtype).requires_grad_(grad)
+
+    total = sum(LENGTHS)
+    ids = torch.arange(total).to(device) % 7
+    return {
+        "attention_varlen": (
+            lambda q, k, v: ops.attention_varlen(q, k, v, batch_of(device)),
+            [rand(total, 2, 16) for _ in range(3)],
+        ),
+        "attention": (
+            lambda q, k, v, bias: ops.attention(q, k, v, bias=bias),
+            [*(rand(2, 2, 9, 16) for _ in range(3)), rand(1, 2, 9, 9)],
+        ),
+        "softmax": (lambda x: ops.softmax(x, scale=0.5), [rand(2, 3, 4, 9)]),
+        "layer_norm": (
+            lambda x, w, b, r, i: ops.layer_norm(x, w, b, eps=1e-5, residual=r, input_bias=i),
+            [rand(6, 32), rand(32), rand(32), rand(6, 32), rand(32)],
+        ),
+        "embed": (
+            lambda w, p, t, g, b: ops.embed(ids, ids, ids % 2, w, p, t, g, b, eps=1e-5),
+            [rand(7, 32), rand(7, 32), rand(2, 32), rand(32), rand(32)],
+        ),
+        "linear": (lambda x, w, b: ops.linear(x, w, b), [rand(6, 32), rand(48, 32), rand(48)]),
+        "linear_gelu": (ops.linear_gelu, [rand(6, 32), rand(48, 32), rand(48)]),
+        "linear, silu": (
+            lambda x, w, b: ops.linear(x, w, b, activation="silu"),
+            [rand(6, 32), rand(48, 32), rand(48)],
+        ),
+        "linear_add_norm": (
+            lambda x, w, b, r, g, h: ops.linear_add_norm(x, w, b, r, g, h, eps=1e-5),
+            [rand(6, 32), rand(48, 32), rand(48), rand(6, 48), rand(48), rand(48)],
+        ),
+    }[name]
+
+
+NAMES = (
+    "attention_varlen",
+    "attention",
+    "softmax",
+    "layer_norm",
+    "embed",
+    "linear",
+    "linear_gelu",
+    "linear, silu",
+    "linear_add_norm",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_op_and_gradients_match_fp64(name, device, each_backend, monkeypatch):
+    """Against the same op in torch in fp64; torch in fp32 is the baseline."""
+    function, tensors = example(name, device, grad=True)
+    actual = function(*tensors)
+    upstream = torch.randn_like(actual)
+    grads = torch.autograd.grad(actual, tensors, upstream)
+    with fastbert.backend("torch"), without_onednn(monkeypatch):
+        function, wide = example(name, device, torch.float64, grad=True)
+        oracle = function(*wide)
+        oracle_grads = torch.autograd.grad(oracle, wide, upstream.double())
+        function, plain = example(name, device, grad=True)
+        baseline = function(*plain)
+        baseline_grads = torch.autograd.grad(baseline, plain, upstream)
+    assert_within_budget(actual, oracle, baseline, name)
+    for i, (got, exact, torchs) in enumerate(zip(grads, oracle_grads, baseline_grads, strict=True)):
+        assert_within_budget(got, exact, torchs, f"{name}, gradient {i}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_some_inputs_and_of_a_sum(name, device, each_backend):
+    """``.sum()`` hands down an expanded gradient of stride 0; only asked-for inputs get one."""
+    function, tensors = example(name, device)
+    tensors[0].requires_grad_()
+    function(*tensors).sum().backward()
+    with fastbert.backend("torch"):
+        other, copies = example(name, device)
+        copies[0].requires_grad_()
+        other(*copies).sum().backward()
+    torch.testing.assert_close(tensors[0].grad, copies[0].grad, atol=1e-5, rtol=1e-4)
+    assert all(t.grad is None for t in tensors[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_op_compiles_as_one_graph(name, device, each_backend):
+    function, tensors = example(name, device)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = function(*tensors)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*tensors), expected, atol=1e-5, rtol=1e-5)
+
+
+def registered_calls(device):
+    batch = batch_of(device)
+    tile_map = batch.tile_map(32)
+    q, k, v = torch.randn(3, sum(LENGTHS), 2, 16, device=device)
+    p = torch.randn(3, 2, 2, 9, 16, device=device)
+    x, row = torch.randn(6, 32, device=device), torch.randn(32, device=device)
+    ids = torch.arange(6, device=device)
+    table = torch.randn(7, 32, device=device)
+    cu = batch.cu_seqlens
+    return {
+        "attention_varlen": (q, k, v, cu, cu, tile_map, 12, 12, 0.25),
+        "attention_padded": (*p, None, None, 0.25),
+        "softmax": (p[0], None, 1.0),
+        "layer_norm": (x, row, row, 1e-5, x, row),
+        "embed": (ids, ids, None, table, table, None, row, row, 1e-5),
+        "linear_activation": (x, table, None, "gelu"),
+        "bias_activation_": (x.clone(), row, "gelu"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(registered_calls("cpu")))
+def test_registered_op_passes_opcheck(name, device):
+    pytest.importorskip("triton")
+    op = getattr(torch.ops.fastbert, name).default
+    torch.library.opcheck(
+        op,
+        registered_calls(device)[name],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_backends_nest_and_come_back(device):
+    resolve = backend_module.resolve
+    cpu = torch.device("cpu")
+    open_choice = resolve(cpu)
+    with fastbert.backend("torch"):
+        assert resolve(cpu) == "torch"
+        with pytest.raises(RuntimeError, match="inside"), fastbert.backend(None):
+            assert resolve(cpu) == open_choice
+            raise RuntimeError("inside")
+        assert resolve(cpu) == "torch"
+    assert resolve(cpu) == open_choice
+    with pytest.raises(ValueError, match="expected one of torch, triton, got 'cuda'"):
+        fastbert.backend("cuda").__enter__()
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(backend_module, "_known", {("cpu", None): "there is no GPU"})
+    with (
+        fastbert.backend("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' was asked for.*there is no GPU"),
+    ):
+        ops.softmax(torch.zeros(2, 2))
+    assert backend_module.resolve(torch.device("cpu")) == "torch"
+
+
+def test_environment_variable_chooses(monkeypatch):
+    monkeypatch.setattr(backend_module, "_known", {})
+    monkeypatch.setenv("FASTBERT_BACKEND", "torch")
+    assert backend_module.resolve(torch.device("cpu")) == "torch"
+    monkeypatch.setattr(backend_module, "_known", {})
+    monkeypatch.setenv("FASTBERT_BACKEND", "fast")
+    with pytest.raises(ValueError, match="FASTBERT_BACKEND: expected one of"):
+        backend_module.resolve(torch.device("cpu"))
+
+
+def test_what_the_kernels_do_not_cover(device):
+    """Torch when the choice is open, an error that names the way out when it is not."""
+    pytest.importorskip("triton")
+    q, k, v = torch.randn(3, sum(LENGTHS), 1, 136, device=device)
+    expected = attention_varlen_ref(q, k, v, LENGTHS, LENGTHS)
+    batch = batch_of(device)
+    torch.testing.assert_close(ops.attention_varlen(q, k, v, batch), expected)
+    with fastbert.backend("triton"):
+        with pytest.raises(NotImplementedError, match="head sizes up to 128, got 136"):
+            ops.attention_varlen(q, k, v, batch)
+        with pytest.raises(NotImplementedError, match="dropout"):
+            ops.attention_varlen(q[..., :8], k[..., :8], v[..., :8], batch, dropout_p=0.1)
+        with pytest.raises(NotImplementedError, match="float64"):
+            ops.attention_varlen(*(t[..., :8].double() for t in (q, k, v)), batch)
+        with pytest.raises(NotImplementedError, match="rows of at most 8192, got 8193"):
+            ops.softmax(torch.zeros(1, 8193, device=device))
+
+
+def test_dropout_keeps_the_mean(device):
+    q, k = torch.zeros(2, 3000, 2, 8, device=device)
+    v = torch.ones(3000, 2, 8, device=device)
+    out = ops.attention_varlen(q, k, v, PackedBatch.from_lengths([3000], device), dropout_p=0.5)
+    assert 0.97 < out.mean() < 1.03 and out.std() > 0.001
+
+
+def test_gradients_are_once_differentiable(device):
+    pytest.importorskip("triton")
+    with fastbert.backend("triton"):
+        x = torch.randn(2, 8, device=device, requires_grad=True)
+        (grad,) = torch.autograd.grad(ops.softmax(x).pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+def test_cpu_products_use_onednn_and_stay_exact(on_torch, monkeypatch):
+    """The quick CPU route really runs, gives what torch gives, and steps aside when told to."""
+    x, weight, bias = torch.randn(33, 64), torch.randn(48, 64), torch.randn(48)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        actual = ops.linear_gelu(x, weight, bias)
+    if torch.backends.mkldnn.is_available():
+        assert any("mkldnn" in event.key for event in profile.key_averages())
+    oracle = linear_ref(x.double(), weight.double(), bias.double(), activation="gelu")
+    assert_within_budget(actual, oracle, linear_ref(x, weight, bias, activation="gelu"), "oneDNN")
+    with without_onednn(monkeypatch):
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    for other in (x.double(), x.half()):
+        out = ops.linear(other, weight.to(other.dtype), bias.to(other.dtype))
+        assert out.dtype == other.dtype
+    assert ops.linear(x[:0], weight, bias).shape == (0, 48)
+    assert ops.linear(x[0], weight, bias).shape == (48,)
+
+
+def test_autocast_decides_the_dtype(on_torch):
+    x, weight = torch.randn(4, 32), torch.randn(16, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+        mixed = ops.layer_norm(x.bfloat16(), None, None, eps=1e-5, residual=x)
+        assert mixed.dtype == torch.float32
+
+
+def test_padded_attention_without_any_key_gives_zeros(device, each_backend):
+    q, k, v = torch.randn(3, 2, 2, 5, 16, device=device)
+    mask = torch.zeros(2, 5, dtype=torch.bool, device=device)
+    mask[0, 2] = True
+    out = ops.attention(q, k, v, key_mask=mask)
+    assert not out[1].any()
+    torch.testing.assert_close(out, attention_ref(q, k, v, mask))
+    assert not ops.attention(q, k[:, :, :0], v[:, :, :0]).any()
+
+
+BAD = {
+    "linear, sizes": (lambda x: ops.linear(x, x.t()), ValueError, r"\[out, in\]"),
+    "linear, bias": (lambda x: ops.linear(x, x, x[0]), ValueError, r"bias \(3,\), got \(4,\)"),
+    "linear, activation": (lambda x: ops.linear(x, x, activation="gleu"), ValueError, "'gleu'"),
+    "activate": (lambda x: ops.activate(x, "tan"), ValueError, "'tan'"),
+    "layer_norm, weight": (
+        lambda x: ops.layer_norm(x, x[:, 0], None, eps=0.0), ValueError, r"weight \(4,\)",
+    ),
+    "layer_norm, residual": (
+        lambda x: ops.layer_norm(x, None, None, eps=0.0, residual=x[:2]), ValueError, "residual",
+    ),
+    "softmax, mask": (lambda x: ops.softmax(x, mask=x[:2]), ValueError, "broadcasts"),
+    "softmax, dims": (lambda x: ops.softmax(x.view(1, 1, 1, 3, 4)), ValueError, "four dimensions"),
+    "attention, dims": (lambda x: ops.attention(x, x, x), ValueError, "4 dimensions"),
+    "attention, dtypes": (
+        lambda x: ops.attention(*(x[None, None],) * 2, x[None, None].half()),
+        ValueError, "one dtype",
+    ),
+    "attention, mask": (
+        lambda x: ops.attention(*(x[None, None],) * 3, key_mask=x[:1] > 0), ValueError, "key_mask",
+    ),
+    "attention, bias": (
+        lambda x: ops.attention(*(x[None, None],) * 3, bias=x), ValueError, "bias that broadcasts",
+    ),
+    "varlen, rows": (
+        lambda x: ops.attention_varlen(*(x[:, None],) * 3, PackedBatch.from_lengths([4])),
+        ValueError, "expected 4 query",
+    ),
+    "varlen, sequences": (
+        lambda x: ops.attention_varlen(
+            *(x[:, None],) * 3, PackedBatch.from_lengths([3]),
+            key_batch=PackedBatch.from_lengths([1, 2]),
+        ), ValueError, "key_batch with 1 sequences",
+    ),
+    "embed, together": (
+        lambda x: ops.embed(x[0].long(), x[0].long(), None, x, x, x, x[0], x[0], eps=0.0),
+        ValueError, "together",
+    ),
+    "embed, range": (
+        lambda x: ops.embed(torch.tensor([3]), torch.tensor([0]), None, x, x, None, x[0], x[0],
+                            eps=0.0),
+        ValueError, "from 0 to 2.*from 3 to 3",
+    ),
+    "embed, dtype": (
+        lambda x: ops.embed(x[0], x[0], None, x, x, None, x[0], x[0], eps=0.0),
+        TypeError, "int32 or int64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name, each_backend):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call(torch.zeros(3, 4))
