@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import importlib.util  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -22,13 +23,12 @@ import fastbert  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and interpreter.py, beside the tests
+
 if HAS_TRITON and not HAS_GPU:
-    _spec = importlib.util.spec_from_file_location(
-        "interpreter", Path(__file__).with_name("interpreter.py")
-    )
-    _interpreter = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_interpreter)
-    _interpreter.install()
+    import interpreter
+
+    interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

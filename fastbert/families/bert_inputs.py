@@ -39,10 +39,10 @@ def check_inputs(
             f"BertModel: expected at least one token, got {name} of shape {tuple(x.shape)}; "
             "leave empty batches out"
         )
-    weight = model.embeddings.LayerNorm.weight
-    if weight.device.type != "meta" and x.device != weight.device:
+    device = next(model.embeddings.parameters()).device
+    if device.type != "meta" and x.device != device:  # offloaded weights are on "meta"
         raise ValueError(
-            f"BertModel: expected {name} on {weight.device}, where the model is, got {x.device}"
+            f"BertModel: expected {name} on {device}, where the model is, got {x.device}"
         )
     shape = batch_size, length = x.shape[:2]
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != shape:
@@ -172,10 +172,10 @@ def embed_rows(
         )
     else:
         # With gradients nn.Embedding is called: its padding_idx keeps a row of the table frozen.
-        check_range("position_ids", positions, position.num_embeddings)
-        check_range("token_type_ids", types, kind.num_embeddings)
-        if input_ids is not None:
-            check_range("input_ids", input_ids, word.num_embeddings)
+        ids = {"input_ids": input_ids, "position_ids": positions, "token_type_ids": types}
+        for (which, values), table in zip(ids.items(), tables, strict=True):
+            if values is not None and isinstance(table, nn.Embedding):
+                check_range(which, values, table.num_embeddings)
         hidden = batch.pack(inputs_embeds) if input_ids is None else word(rows(input_ids))
         hidden = hidden + kind(types) + position(positions)
         if isinstance(norm, tuple):

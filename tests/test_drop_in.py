@@ -1,0 +1,426 @@
+"""The drop-in promise: what people do with a transformers BERT works, and gives the same."""
+
+import copy
+import json
+import pickle
+import threading
+
+import pytest
+import torch
+import transformers
+from tiny import RIGHT, inputs_for, pair, tiny_config
+
+import fastbert
+from fastbert.families.bert import obstacle
+
+pytestmark = pytest.mark.usefixtures("on_torch")
+INPUTS = inputs_for("BertModel", RIGHT)
+REAL = RIGHT.bool()
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_said(monkeypatch):
+    monkeypatch.setattr("fastbert.families.bert._said", set())
+
+
+def difference(a, b) -> float:
+    return (a[0] - b[0])[REAL].abs().max().item()
+
+
+def assert_same(theirs, ours, packed: bool = True):
+    """Equal outputs, and by the path that is expected."""
+    assert difference(theirs(**INPUTS), ours(**INPUTS)) < 5e-6
+    encoder = ours if isinstance(ours, fastbert.BertModel) else ours.bert
+    assert (obstacle(encoder) is None) is packed
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("head", [n for n in fastbert.__all__ if n.startswith("Bert")])
+def test_state_dict_and_files_are_transformers_own(head, tmp_path):
+    theirs, ours = pair(head)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    assert isinstance(ours, getattr(transformers, head))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == [head]
+    back = getattr(transformers, head).from_pretrained(tmp_path / "ours")
+    forth = getattr(fastbert, head).from_pretrained(tmp_path / "theirs")
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor), key
+        assert torch.equal(forth.state_dict()[key], tensor), key
+    assert type(back) is getattr(transformers, head)
+
+
+def test_loading_takes_the_options_of_transformers(tmp_path):
+    pair("BertForMaskedLM")[0].save_pretrained(tmp_path)
+    half = fastbert.BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    encoder, info = fastbert.BertModel.from_pretrained(
+        tmp_path, add_pooling_layer=False, output_loading_info=True
+    )
+    assert encoder.pooler is None and not info["missing_keys"]
+    classifier = fastbert.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    assert classifier.classifier.out_features == 5
+    assert type(fastbert.BertModel(tiny_config())).__module__.startswith("fastbert")
+
+
+def test_pickled_weights_load_only_when_asked_for(tmp_path):
+    theirs, _ = pair("BertModel")
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+    ours = fastbert.BertModel.from_pretrained(tmp_path, use_safetensors=False).eval()
+    assert_same(theirs, ours)
+
+
+def test_unusable_checkpoints_are_errors(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        fastbert.BertModel.from_pretrained(tmp_path / "nowhere")
+    pair("BertModel")[0].save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match=r"(?i)header|incomplete|buffer|safetensor"):
+        fastbert.BertModel.from_pretrained(tmp_path)
+
+
+def test_relative_positions_are_refused():
+    """transformers 5 ignores the setting and computes something else."""
+    config = tiny_config(position_embedding_type="relative_key")
+    with pytest.raises(NotImplementedError, match="'relative_key'"):
+        fastbert.BertModel(config)
+    with pytest.raises(NotImplementedError, match="'relative_key'"):
+        fastbert.accelerate(transformers.BertModel(config))
+
+
+# accelerate
+
+
+def test_accelerate_changes_one_instance_and_undoes():
+    theirs, _ = pair("BertForSequenceClassification")
+    model, other = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    parameters = [p.data_ptr() for p in model.parameters()]
+    handle = fastbert.accelerate(model)
+    assert handle.model is model and not handle.notes
+    assert type(model) is fastbert.BertForSequenceClassification
+    assert type(model.bert) is fastbert.BertModel
+    assert type(other.bert) is transformers.BertModel
+    assert [p.data_ptr() for p in model.parameters()] == parameters
+    torch.testing.assert_close(model(**INPUTS).logits, theirs(**INPUTS).logits)
+    assert fastbert.accelerate(model).changed == []  # idempotent
+    assert handle.undo() is model and handle.undo() is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in theirs.modules()]
+    with fastbert.accelerate(model) as inside:
+        assert "bert.encoder.layer.0" in inside.changed
+        assert type(model.bert) is fastbert.BertModel
+    assert type(model.bert) is transformers.BertModel
+
+
+def test_accelerate_finds_bert_inside_other_modules():
+    theirs, _ = pair("BertModel")
+
+    class Mine(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, **inputs):
+            return self.encoder(**inputs)[0]
+
+    mine = Mine(copy.deepcopy(theirs))
+    fastbert.accelerate(mine)
+    assert type(mine.encoder) is fastbert.BertModel
+    assert (mine(**INPUTS) - theirs(**INPUTS)[0])[REAL].abs().max() < 5e-6
+
+
+def test_accelerate_says_what_it_cannot_do(caplog):
+    with pytest.raises(ValueError, match="BertModel inside, got Linear"):
+        fastbert.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got str"):
+        fastbert.accelerate("bert-base-uncased")
+    theirs, _ = pair("BertModel", chunk_size_feed_forward=4)
+    handle = fastbert.accelerate(theirs)
+    assert handle.notes == ["BertModel: config.chunk_size_feed_forward is set"]
+    assert "chunk_size_feed_forward" in caplog.text
+
+    class Custom(transformers.BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    assert "subclass" in fastbert.accelerate(Custom(tiny_config())).notes[0]
+    with pytest.raises(TypeError, match="call the model itself"):
+        handle(**INPUTS)
+
+
+# What people do with a model
+
+
+def test_copies_and_pickles_are_ordinary_models():
+    theirs, ours = pair("BertModel")
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is fastbert.BertModel
+        assert_same(theirs, copied)
+        copied.embeddings.word_embeddings.weight.zero_()
+    assert_same(theirs, ours)
+
+
+def test_changed_weights_are_seen_by_whatever_route():
+    theirs, ours = pair("BertModel")
+    ours(**INPUTS)
+    state = {k: v + 0.01 for k, v in theirs.state_dict().items() if v.is_floating_point()}
+    for change in (
+        lambda m: m.encoder.layer[0].attention.self.query.weight.data.mul_(2),
+        lambda m: m.encoder.layer[1].attention.self.value.bias.copy_(torch.ones(32)),
+        lambda m: m.load_state_dict(state),
+        lambda m: setattr(m.encoder.layer[0].output, "dense", torch.nn.Linear(64, 32)),
+    ):
+        for model in (theirs, ours):
+            torch.manual_seed(5)
+            change(model)
+        assert_same(theirs, ours)
+
+
+def test_dtype_moves_and_modes():
+    theirs, ours = pair("BertModel")
+    before = ours(**INPUTS)[0]
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert ours.to(dtype)(**INPUTS)[0].dtype == dtype
+    ours = ours.float()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(ours(**INPUTS)[0], before)
+    with torch.enable_grad():
+        assert ours(**INPUTS)[0].requires_grad
+    assert not ours(**INPUTS)[0].requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = theirs(**INPUTS)[0], ours(**INPUTS)[0]
+    assert actual.dtype == expected.dtype
+    assert (actual - expected)[REAL].abs().max() < 0.1
+
+
+def test_threads_share_a_model():
+    _, ours = pair("BertModel")
+    expected, results = ours(**INPUTS)[0], [None] * 8
+
+    def work(i):
+        with torch.inference_mode(), fastbert.backend("torch"):
+            results[i] = ours(**INPUTS)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(r, expected) for r in results)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_is_one_graph_for_any_mask_and_shape(backend):
+    theirs, ours = pair("BertModel")
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    assert difference(compiled(**INPUTS), theirs(**INPUTS)) < 5e-6
+    assert not compiled(**INPUTS)[0][~REAL].any()
+    smaller = {k: v[:3, :7] for k, v in INPUTS.items()}
+    left = {**INPUTS, "attention_mask": RIGHT.flip(1)}
+    for inputs in (smaller, left, {"input_ids": INPUTS["input_ids"]}):
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        expected, actual = theirs(**inputs), compiled(**inputs)
+        assert (expected[0] - actual[0])[mask].abs().max() < 5e-6
+        torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+    with fastbert.backend("torch"):
+        heads = torch.compile(pair("BertForMaskedLM")[1], fullgraph=True, backend=backend)
+        assert heads(**INPUTS, labels=INPUTS["input_ids"]).loss.isfinite()
+
+
+def test_export_gives_a_program_with_the_same_outputs():
+    theirs, ours = pair("BertModel")
+    args = (INPUTS["input_ids"], INPUTS["attention_mask"])
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=40)
+    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
+    program = torch.export.export(ours, args, dynamic_shapes=shapes, strict=False).module()
+    for ids, mask in (args, (args[0][:2, :5], args[1][:2, :5])):
+        expected = theirs(ids, mask)[0]
+        assert (program(ids, mask)[0] - expected)[mask.bool()].abs().max() < 5e-6
+
+
+# Hooks and replaced modules
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["encoder", "encoder.layer.1", "encoder.layer.0.attention.self", "embeddings", "pooler",
+     "encoder.layer.0.output.dense", "embeddings.LayerNorm"],
+)  # fmt: skip
+def test_a_hook_sees_what_it_sees_in_transformers(path, caplog):
+    theirs, ours = pair("BertModel")
+    seen = {"theirs": [], "ours": []}
+    for name, model in (("theirs", theirs), ("ours", ours)):
+
+        def note(module, args, output, name=name):
+            first = output[0] if isinstance(output, tuple | dict) else output
+            seen[name].append(next(iter(output.values())) if isinstance(output, dict) else first)
+
+        handle = model.get_submodule(path).register_forward_hook(note)
+    assert_same(theirs, ours, packed=False)
+    torch.testing.assert_close(seen["ours"], seen["theirs"])
+    ours(**INPUTS)
+    assert caplog.text.count("runs transformers' own code") == 1
+    handle.remove()
+    assert obstacle(ours) is None
+
+
+def test_a_hook_may_change_values():
+    theirs, ours = pair("BertModel")
+    for model in (theirs, ours):
+        model.encoder.layer[0].register_forward_hook(lambda m, args, output: output * 2)
+    assert_same(theirs, ours, packed=False)
+
+
+def test_hooks_on_the_model_itself_keep_the_fast_path():
+    theirs, ours = pair("BertForMaskedLM")
+    shapes = []
+    for model in (theirs, ours):
+        model.bert.register_forward_hook(lambda m, a, out: shapes.append(out[0].shape))
+        model(**INPUTS)
+    assert shapes[0] == shapes[1] == (4, 9, 32)
+    assert obstacle(ours.bert) is None
+
+
+def test_replaced_modules_are_called():
+    theirs, ours = pair("BertModel")
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    for model in (theirs, ours):
+        layer = model.encoder.layer[0]
+        layer.attention.self.query = Doubled(layer.attention.self.query)
+        layer.intermediate.dense = Doubled(layer.intermediate.dense)
+        layer.output.LayerNorm = Doubled(layer.output.LayerNorm)
+        layer.output.dropout = torch.nn.Identity()
+        layer.intermediate.intermediate_act_fn = torch.nn.Tanh()
+        model.embeddings.LayerNorm = Doubled(model.embeddings.LayerNorm)
+        model.embeddings.word_embeddings = Doubled(model.embeddings.word_embeddings)
+    assert_same(theirs, ours)
+    for model in (theirs, ours):
+        attention = model.encoder.layer[1].attention
+        attention.output = copy.deepcopy(attention.output)
+        attention.output.forward = lambda hidden, residual: hidden + residual
+    assert_same(theirs, ours, packed=False)
+
+
+def test_a_replaced_attention_runs_and_is_said(caplog):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    calls = []
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("mine", mine)
+    _, ours = pair("BertModel")
+    ours.config._attn_implementation = "mine"
+    ours(input_ids=INPUTS["input_ids"])
+    assert len(calls) == 2 and "attn_implementation='mine'" in caplog.text
+
+
+# Modes that are not packed
+
+
+def test_decoder_and_cross_attention_are_transformers_own():
+    theirs, ours = pair("BertLMHeadModel", is_decoder=True)
+    prompt = {"input_ids": INPUTS["input_ids"][:1, :4], "do_sample": False, "max_new_tokens": 5}
+    assert torch.equal(theirs.generate(**prompt), ours.generate(**prompt))
+    theirs, ours = pair("BertModel", is_decoder=True, add_cross_attention=True)
+    options = {
+        "encoder_hidden_states": torch.randn(4, 5, 32),
+        "use_cache": True,
+        "output_attentions": True,
+    }
+    expected, actual = theirs(**INPUTS, **options), ours(**INPUTS, **options)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual.cross_attentions, expected.cross_attentions)
+    assert len(actual.past_key_values) == 2
+
+
+def test_recording_works_on_the_fallback_too():
+    theirs, ours = pair("BertModel")
+    for model in (theirs, ours):
+        model.encoder.layer[0].register_forward_hook(lambda *args: None)
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    expected, actual = theirs(**INPUTS, **flags), ours(**INPUTS, **flags)
+    torch.testing.assert_close(actual.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(actual.attentions, expected.attentions)
+
+
+# Bad input
+
+BAD = {
+    "mask of another shape": (
+        {"attention_mask": RIGHT[:, :5]}, ValueError, r"\(4, 9\), got \(4, 5\)"
+    ),
+    "mask of three dimensions": (
+        {"attention_mask": RIGHT[:, None]}, ValueError, r"mask\[:, None\]"
+    ),
+    "integer mask per query": (
+        {"attention_mask": torch.ones(4, 1, 9, 9, dtype=torch.long)}, ValueError, "floating point"
+    ),
+    "id out of range": ({"input_ids": INPUTS["input_ids"] + 90}, ValueError, "from 0 to 98"),
+    "negative id": ({"input_ids": -INPUTS["input_ids"]}, ValueError, "from 0 to 98"),
+    "type out of range": ({"token_type_ids": RIGHT + 1}, ValueError, "from 0 to 1"),
+    "position out of range": ({"position_ids": RIGHT + 39}, ValueError, "from 0 to 39"),
+    "types of another shape": ({"token_type_ids": RIGHT[:, :5]}, ValueError, "token_type_ids"),
+    "floating ids": ({"input_ids": INPUTS["input_ids"].float()}, TypeError, "int32 or int64"),
+    "one dimension": ({"input_ids": torch.arange(9)}, ValueError, r"\[batch, length\]"),
+    "empty batch": ({"input_ids": INPUTS["input_ids"][:0]}, ValueError, "at least one token"),
+    "too long": (
+        {"input_ids": torch.ones(1, 41, dtype=torch.long)}, ValueError, "at most 40 tokens.*got 41"
+    ),
+    "nothing": ({"input_ids": None}, ValueError, "exactly one of"),
+    "both": ({"inputs_embeds": torch.zeros(4, 9, 32)}, ValueError, "exactly one of"),
+    "another device": ({"input_ids": INPUTS["input_ids"].to("meta")}, ValueError, "got meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name, grad):
+    changes, error, message = BAD[name]
+    _, ours = pair("BertModel")
+    inputs = {"input_ids": INPUTS["input_ids"], **changes}
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+        ours(**inputs)
+
+
+def test_nan_weights_pass_through():
+    theirs, ours = pair("BertModel")
+    for model in (theirs, ours):
+        model.encoder.layer[0].output.dense.weight[3, 3] = float("nan")
+    expected, actual = theirs(**INPUTS)[0][REAL], ours(**INPUTS)[0][REAL]
+    assert torch.equal(actual.isnan(), expected.isnan()) and actual.isnan().any()
+
+
+def test_an_all_padding_row_gives_zeros():
+    _, ours = pair("BertModel")
+    mask = RIGHT.clone()
+    mask[1] = 0
+    output = ours(INPUTS["input_ids"], mask)
+    assert not output[0][1].any() and output[0].isfinite().all()
+    assert not ours(INPUTS["input_ids"], torch.zeros_like(mask))[0].any()
