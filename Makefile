@@ -1,0 +1,47 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each fills its own virtual environment first;
+# a second run installs nothing.
+
+PYTHON ?= python3
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Each test worker keeps to one core, so that the workers do not fight over them.
+WORKERS ?= 2
+THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint clean python
+
+help:
+	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
+	@echo "make test    the whole test suite"
+	@echo "make bench   fastbert against transformers on this CPU"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make clean   remove the virtual environments"
+
+demo: .venv-demo/.installed
+	.venv-demo/bin/python -m fastbert.demo
+
+test: .venv-test/.installed
+	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+bench: .venv-demo/.installed
+	.venv-demo/bin/python benchmarks/cpu_inference.py
+
+lint: .venv-test/.installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+
+clean:
+	rm -rf .venv-demo .venv-test build *.egg-info
+
+.venv-%/.installed: setup.py constraints.txt | python
+	@echo "Installing into .venv-$* (PyTorch is large; the first time takes some minutes) ..."
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python $(PIP) --upgrade pip
+	@echo "  PyTorch, Triton, transformers ..."
+	@.venv-$*/bin/python $(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "  fastbert and the rest ..."
+	@.venv-$*/bin/python $(PIP) --editable '.[$*]'
+	@touch $@
+
+python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit("fastbert needs Python 3.10 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.12 ..." % v)'
