@@ -37,4 +37,6 @@ def on_device(device: torch.device):
 
 def input_precision(dtype: torch.dtype) -> str:
     """How fp32 products are made: IEEE, or TF32 if torch's own switch allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises once anybody has set this newer form of the switch.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"

@@ -84,7 +84,7 @@ def screen(variant: Variant) -> Resources:
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name].startswith("*")
-        or (signature[name] == "i32" and name.startswith("stride_"))
+        or (signature[name] == "i32" and (name.startswith("stride_") or name == "N"))
     }
     source = ASTSource(variant.kernel, signature, variant.constants, aligned)
     with _ptxas_log() as log:
@@ -186,20 +186,24 @@ def _attention_variants(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
     masks = ("key_mask_ptr", "bias_ptr")
     tensors = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"))
     tensors["lse_ptr"] = "*fp32"
-    forms = {  # what is there besides q, k and v, and for which head sizes it is compiled
-        "packed": (dict.fromkeys(maps, "*i32"), masks, (16, 32, 64, 80, 96, 128)),
-        "padded, mask": ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr"), (32, 64, 128)),
-        "padded, mask and bias": (
-            {"key_mask_ptr": "*i1", "bias_ptr": None}, maps, (16, 32, 64, 128),
-        ),
-    }  # fmt: skip
-    for form, (extra, none, head_dims) in forms.items():
+    with_bias = ({"key_mask_ptr": "*i1", "bias_ptr": None}, maps)
+    forms = {  # what is there besides q, k and v, for which head sizes, what else is constant
+        "packed": (dict.fromkeys(maps, "*i32"), masks, (16, 32, 64, 80, 96, 128), {}),
+        "padded, mask": ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr"), (32, 64, 128), {}),
+        # The compiler takes a stride of 1 as a constant.
+        "padded, mask and bias": (*with_bias, (16, 32, 64, 128), {"stride_bias_k": 1}),
+        "padded, mask and bias per query": (*with_bias, (16, 32, 64, 128), {}),
+    }
+    if dtype == torch.float32:
+        packed = forms["packed"][:2]
+        forms["packed, tf32"] = (*packed, (32, 64, 128), {"INPUT_PRECISION": "tf32"})
+    for form, (extra, none, head_dims, also) in forms.items():
         for head_dim in head_dims:
             for tile in attention_tiles(arch, dtype, head_dim, "bias_ptr" in extra):
                 constants = {
                     "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                     "BLOCK_D": tile.block_d, "SINGLE": tile.single,
-                    "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee",
+                    "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee", **also,
                 }  # fmt: skip
                 step = "single" if tile.single else "online"
                 label = f"D{head_dim} {tile.block_m}x{tile.block_n} {step} {form}"
@@ -228,7 +232,7 @@ def _row_variants(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
     for width in (16, 128, 512, 8192):
         tile = softmax_tile(width)
         kernel = softmax._softmax_fwd_kernel
-        constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
+        constants = {"ROWS": tile.rows, "BLOCK_N": tile.block_n}
         tensors = dict.fromkeys(("y_ptr", "x_ptr"))
         for kind, is_bool in ((None, False), ("*i1", True)):
             yield _variant(
@@ -239,20 +243,22 @@ def _row_variants(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 def _linear_variants(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
     options = {"SHORT_ERF": dtype.itemsize == 2}
-    for activation in ACTIVATIONS:
-        for m in (64, 4096):
-            if activation != "gelu" and m == 64:
-                continue
-            tile = gemm_tile(m=m, dtype=dtype, arch=arch)
-            constants = {
-                **options, "ACTIVATION": activation, "N": 3072, "K": 768, "INPUT_PRECISION": "ieee",
+    products = [(activation, 4096, "ieee") for activation in ACTIVATIONS] + [("gelu", 64, "ieee")]
+    if dtype == torch.float32:
+        products.append(("gelu", 4096, "tf32"))
+    for activation, m, precision in products:
+        tile = gemm_tile(m=m, dtype=dtype, arch=arch)
+        constants = {
+                **options, "ACTIVATION": activation, "N": 3072, "K": 768,
+                "INPUT_PRECISION": precision,
                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
                 "GROUP_M": tile.group_m,
             }  # fmt: skip
-            label = f"{activation} {tile.block_m}x{tile.block_n}x{tile.block_k}"
-            tensors = dict.fromkeys(("y_ptr", "x_ptr", "w_ptr", "bias_ptr"))
-            kernel = linear._linear_fwd_kernel
-            yield _variant(kernel, label, arch, dtype, tensors, (), constants, tile, has_dot=True)
+        label = f"{activation} {tile.block_m}x{tile.block_n}x{tile.block_k} {precision}"
+        tensors = dict.fromkeys(("y_ptr", "x_ptr", "w_ptr", "bias_ptr"))
+        kernel = linear._linear_fwd_kernel
+        yield _variant(kernel, label, arch, dtype, tensors, (), constants, tile, has_dot=True)
+    for activation in ACTIVATIONS:
         tile = bias_activation_tile(3072)
         constants = {
             **options, "ACTIVATION": activation, "N": 3072, "ROWS": tile.rows,

