@@ -1,4 +1,4 @@
-"""Metadata that setuptools cannot read from pyproject.toml: the ``kernels/`` to ``fastbert.kernels`` mapping."""
+"""Metadata; here rather than in pyproject.toml because kernels/ is fastbert.kernels."""
 
 import re
 from pathlib import Path
@@ -26,8 +26,8 @@ BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"]
 setup(
     name="fastbert-triton",
     version=VERSION,
-    description="BERT-family encoders at the speed of the hardware: Triton kernels and packed tokens "
-    "behind the transformers classes you already use",
+    description="BERT-family encoders at the speed of the hardware: Triton kernels and packed "
+    "tokens behind the transformers classes you already use",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

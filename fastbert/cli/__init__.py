@@ -38,6 +38,7 @@ def main() -> None:
             raise
         typer.echo(f"fastbert: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("fastbert: interrupted; nothing was left behind", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's answer to Ctrl-C, which says nothing by itself
+            typer.echo("fastbert: interrupted; nothing was left behind", err=True)
+        raise

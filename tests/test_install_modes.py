@@ -1,0 +1,105 @@
+"""``kernels/`` is ``fastbert.kernels`` in every way of installing, and never a package of its own.
+
+Each mode gets a virtual environment whose dependencies come from this one by a .pth file, so that
+nothing is downloaded. Beside ours stands a package that is named "kernels", as Hugging Face's is.
+"""
+
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("wheel", "editable", "editable compat", "editable strict", "not installed")
+PROGRAM = """
+import importlib, sys
+import fastbert, fastbert.kernels._tiles as tiles
+print("OURS", tiles.__file__)
+print("LINEAR", tiles.linear_route.__module__)
+import kernels
+print("THEIRS", kernels.MARK, kernels.__file__)
+from transformers import BertModel
+print("TRANSFORMERS", BertModel.__name__)
+print("PACKAGE", fastbert.__file__)
+"""
+ALONE = """
+import fastbert.kernels._tiles as tiles
+from transformers import BertModel
+print(tiles.__name__, BertModel.__name__)
+"""
+ABSENT = "import importlib.util, fastbert; print(importlib.util.find_spec('kernels') is None)"
+
+
+def clean_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+
+
+def run(*command: object, cwd: Path) -> str:
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=clean_environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the tracked files, so that builds leave nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_are_ours_and_theirs_stay_theirs(mode, source, tmp_path):
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin/python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
+                    cwd=tmp_path).strip())  # fmt: skip
+    # Dependencies of this environment, without the finder of our own editable install.
+    outer = Path(sysconfig.get_path("purelib"))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for entry in outer.iterdir():
+        if "fastbert" not in entry.name and entry.suffix != ".pth" and entry.name != "kernels":
+            (shared / entry.name).symlink_to(entry)
+    (site / "shared.pth").write_text(f"{shared}\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+               "--no-build-isolation", "--disable-pip-version-check"]  # fmt: skip
+    if mode == "wheel":
+        run(*install, source, cwd=tmp_path)
+        assert (site / "fastbert/kernels/attention.py").is_file()
+    elif mode != "not installed":
+        style = mode.partition(" ")[2]
+        config = ["--config-settings", f"editable_mode={style}"] if style else []
+        run(*install, *config, "--editable", source, cwd=tmp_path)
+    assert not (site / "kernels").exists(), "we install a top-level package named kernels"
+
+    places = [source] if mode == "not installed" else [source, tmp_path]
+    for place in places:
+        assert run(python, "-c", ALONE, cwd=place).split() == [
+            "fastbert.kernels._tiles",
+            "BertModel",
+        ]
+    if mode in ("wheel", "editable", "editable strict"):  # else the checkout itself is on the path
+        assert run(python, "-c", ABSENT, cwd=tmp_path).strip() == "True"
+    theirs = site / "kernels"
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text("MARK = 'hugging face'\n")
+    for place in places:
+        out = run(python, "-c", PROGRAM, cwd=place)
+        assert "LINEAR fastbert.kernels._tiles" in out
+        assert "TRANSFORMERS BertModel" in out
+        expected = str(site) if mode == "wheel" and place == tmp_path else str(source)
+        if "strict" not in mode:
+            assert f"OURS {expected}" in out, out
+        assert f"THEIRS hugging face {theirs}" in out, out
