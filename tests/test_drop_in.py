@@ -253,6 +253,65 @@ def test_export_gives_a_program_with_the_same_outputs():
         assert (program(ids, mask)[0] - expected)[mask.bool()].abs().max() < 5e-6
 
 
+# Weights side by side, as inference on a GPU keeps q, k and v
+
+
+def test_weights_moved_side_by_side_stay_ordinary_parameters(tmp_path):
+    import safetensors.torch
+
+    from fastbert.families import modules
+
+    theirs, ours = pair("BertModel")
+    attention = ours.encoder.layer[0].attention.self
+    linears = (attention.query, attention.key, attention.value)
+    weights = tuple(linear.weight for linear in linears)
+    assert modules.adjacent(weights) is None and modules.can_move(weights)
+    with torch.inference_mode():
+        block = modules.make_adjacent(weights)
+    fused = modules.adjacent(weights)
+    assert fused.data_ptr() == block.data_ptr() and fused.shape == (96, 32)
+    assert torch.equal(
+        fused,
+        torch.cat(
+            [
+                theirs.encoder.layer[0].attention.self.query.weight,
+                theirs.encoder.layer[0].attention.self.key.weight,
+                theirs.encoder.layer[0].attention.self.value.weight,
+            ]
+        ),
+    )
+    assert [linear.weight for linear in linears] == list(weights)  # the same objects
+    assert not any(w.is_inference() for w in weights)
+    assert_same(theirs, ours)
+    weights[1].data.mul_(2)  # seen through the block, whoever changes it
+    assert torch.equal(fused[32:64], weights[1])
+    weights[1].data.div_(2)
+    safetensors.torch.save_file(ours.state_dict(), tmp_path / "w.safetensors")
+    back = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
+    ours.save_pretrained(tmp_path)
+    assert_same(theirs, fastbert.BertModel.from_pretrained(tmp_path).eval())
+    assert_same(theirs, copy.deepcopy(ours))
+    with torch.enable_grad():
+        ours.train()(**INPUTS)[0].sum().backward()
+    assert weights[2].grad.shape == (32, 32)
+    moved = ours.double().float()
+    assert modules.adjacent(tuple(linear.weight for linear in linears)) is None
+    assert_same(theirs.train(False), moved.eval())
+
+
+def test_weights_that_others_may_share_are_not_moved():
+    from fastbert.families import modules
+
+    flat = torch.randn(3, 4, 4)
+    views = tuple(torch.nn.Parameter(t) for t in flat)
+    assert not modules.can_move(views)  # parts of one buffer, as FSDP keeps them
+    one = torch.nn.Parameter(torch.randn(4, 4))
+    assert not modules.can_move((one, one, torch.nn.Parameter(torch.randn(4, 4))))
+    shared = torch.nn.Parameter(torch.randn(4, 4).share_memory_())
+    assert not modules.can_move((shared, one))
+
+
 # Hooks and replaced modules
 
 

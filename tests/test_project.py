@@ -79,3 +79,8 @@ def test_banned_things_stay_out():
         assert not re.search(banned, path.read_text("utf-8")), path
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastbert").rglob("*.py")]:
         assert "import pytest" not in path.read_text("utf-8"), path
+
+
+def test_readme_table_is_the_newest_measurement():
+    script = [sys.executable, "benchmarks/readme.py", "--check"]
+    assert subprocess.run(script, cwd=ROOT).returncode == 0, "run python benchmarks/readme.py"

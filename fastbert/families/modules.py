@@ -110,6 +110,8 @@ def fuse(parts: tuple[Projection, ...]) -> Linear | tuple[Projection, ...]:
     that a later change of a weight, by whatever route, could leave behind. With gradients they are
     concatenated. On a CPU three products are as fast as one and nothing is fused.
     """
+    if torch.compiler.is_compiling():  # a compiler may not move memory, and fuses by itself
+        return parts
     if not all(isinstance(p, Linear) and p.bias is not None for p in parts):
         return parts
     weights, biases = zip(*parts, strict=True)
@@ -119,7 +121,7 @@ def fuse(parts: tuple[Projection, ...]) -> Linear | tuple[Projection, ...]:
         return Linear(torch.cat(weights), torch.cat(biases))
     weight, bias = adjacent(weights), adjacent(biases)
     if weight is None or bias is None:
-        if torch.compiler.is_compiling() or not (can_move(weights) and can_move(biases)):
+        if not (can_move(weights) and can_move(biases)):
             return parts
         weight, bias = make_adjacent(weights), make_adjacent(biases)
     return Linear(weight, bias)
@@ -161,7 +163,8 @@ def can_move(tensors: tuple[Tensor, ...]) -> bool:
 
 def make_adjacent(tensors: tuple[Tensor, ...]) -> Tensor:
     """Give parameters one memory block, in order; they keep their values and identity."""
-    with torch.no_grad():
+    # Not in inference mode, whoever calls: its tensors could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
         block = torch.cat([t.detach() for t in tensors])
         for t, view in zip(tensors, block.split([t.shape[0] for t in tensors]), strict=True):
             t.data = view
