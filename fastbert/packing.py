@@ -212,8 +212,10 @@ class PaddedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedBatch:
         """The same batch on another device."""
-        key_mask = None if self.key_mask is None else self.key_mask.to(device)
-        bias = None if self.bias is None else self.bias.to(device)
+        key_mask, bias = (
+            None if t is None else t.to(device, non_blocking=non_blocking)
+            for t in (self.key_mask, self.bias)
+        )
         return PaddedBatch(self.padded_shape, key_mask, bias)
 
     def pack(self, x: Tensor) -> Tensor:

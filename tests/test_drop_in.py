@@ -383,6 +383,28 @@ def test_replaced_modules_are_called():
     assert_same(theirs, ours, packed=False)
 
 
+def test_a_replaced_forward_of_a_layer_is_called_as_transformers_calls_it():
+    theirs, ours = pair("BertModel")
+    for model in (theirs, ours):
+        layer = model.encoder.layer[0]
+        layer.forward = lambda hidden, mask, *args, own=layer.forward, **kw: own(
+            hidden, mask, *args, **kw
+        ).tanh()
+    assert_same(theirs, ours, packed=False)
+
+
+def test_hidden_states_by_index_are_transformers_business():
+    from transformers.utils import output_capturing
+
+    if not hasattr(output_capturing, "selected_hidden_states"):
+        pytest.skip("this transformers has no selection by index")
+    theirs, ours = pair("BertModel")
+    expected = theirs(**INPUTS, output_hidden_states=1).hidden_states
+    actual = ours(**INPUTS, output_hidden_states=1).hidden_states
+    assert [h is None for h in actual] == [h is None for h in expected]
+    torch.testing.assert_close(actual[1][REAL], expected[1][REAL])
+
+
 def test_a_replaced_attention_runs_and_is_said(caplog):
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

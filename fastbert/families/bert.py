@@ -10,7 +10,7 @@ on packed rows. Any other call goes to transformers' code, unchanged.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,9 @@ class _Call(NamedTuple):
     hidden_states: list[Tensor] | None
     attentions: list[Tensor] | None
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> _Call:
-        return self._replace(batch=self.batch.to(device))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> _Call:
+        """For models that are spread over several devices: accelerate's hooks call it."""
+        return self._replace(batch=self.batch.to(device, non_blocking=non_blocking))
 
 
 @twin
@@ -101,6 +102,8 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
     """Why this layer cannot take packed rows, or None. Runs before every call: it must be quick."""
     if not isinstance(layer, BertLayer):
         return f"a layer is a {type(layer).__name__}, not a BertLayer"
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):  # accelerate's is known
+        return "the forward of a layer was replaced"
     if layer.chunk_size_feed_forward:
         return "config.chunk_size_feed_forward is set"
     if modules.has_user_hooks(layer):
@@ -199,7 +202,7 @@ class BertModel(DropIn, hf.BertModel):
             reason = "decoder mode, cross-attention and caches are not packed"
         elif kwargs.get("is_causal"):
             reason = "causal attention (is_causal) is not packed"
-        elif want_hidden not in (True, False, None):
+        elif not isinstance(want_hidden, bool | None):
             reason = "output_hidden_states selects by index"
         elif kwargs.get("debug_io"):
             reason = "debug_io traces transformers' modules"
