@@ -195,6 +195,7 @@ def _attention_fwd_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        step = tl.full([], BLOCK_N, tl.int64)
         for _ in range(seq_k // BLOCK_N):
             if RELOAD_Q:
                 q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
@@ -203,12 +204,12 @@ def _attention_fwd_kernel(
                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
                 HEAD_DIM, BLOCK_D, False, INPUT_PRECISION,
             )  # fmt: skip
-            k_ptr += BLOCK_N * stride_k_t
-            v_ptr += BLOCK_N * stride_v_t
+            k_ptr += step * stride_k_t
+            v_ptr += step * stride_v_t
             if key_mask_ptr is not None:
                 key_mask_ptr += BLOCK_N
             if bias_ptr is not None:
-                bias_ptr += BLOCK_N * stride_bias_k
+                bias_ptr += step * stride_bias_k
         rest = seq_k % BLOCK_N
         if rest > 0:
             acc, m_i, l_i = _online_step(

@@ -124,6 +124,43 @@ def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
         assert_within_budget(lse, oracle_lse, baseline_lse, f"log-sum-exp, {tile}")
 
 
+def test_nothing_outside_the_given_rows_is_read(device):
+    """q, k and v lie in a projection that is NaN around every head and every sequence."""
+    for head_dim, lengths in ((48, [70, 3]), (64, [200, 17, 1])):
+        total = sum(lengths)
+        around = torch.full((total + 128, 3, 2, head_dim + 16), torch.nan, device=device)
+        inside = around[64 : 64 + total, :, :, :head_dim]
+        inside.copy_(torch.randn(inside.shape))
+        check_varlen(*inside.unbind(1), lengths)
+        dense = around[64 : 64 + total].view(1, total, 3, 2, head_dim + 16)[..., :head_dim]
+        q, k, v = dense.permute(2, 0, 3, 1, 4)
+        assert torch.equal(
+            ops.attention(q, k, v), ops.attention(*(t.contiguous() for t in (q, k, v)))
+        )
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_rows_far_apart_are_found(single, device):
+    """Offsets over 2**31 values within one sequence; of the memory only the rows are touched."""
+    from fastbert.kernels._tiles import AttentionTile
+    from fastbert.kernels.attention import attention_varlen_fwd
+
+    apart, keys = 2**26, 33
+    memory = torch.empty(keys * apart, dtype=torch.float16, device=device)
+    k, v = (memory.as_strided((keys, 1, 16), (apart, 16, 1), at) for at in (0, 64))
+    for t in (k, v):
+        t.copy_(torch.randn(t.shape))
+    q = torch.randn(3, 1, 16).to(device, torch.float16)
+    one, other = (PackedBatch.from_lengths([n], device) for n in (3, keys))
+    tile = AttentionTile(16, 64 if single else 32, 16, 4, 1, single)
+    out, _ = attention_varlen_fwd(
+        q, k, v, one.cu_seqlens, other.cu_seqlens, one.tile_map(16), tile, scale=0.25
+    )
+    near = [t.contiguous() for t in (q, k, v)]
+    oracle = attention_varlen_ref(*(t.double() for t in near), [3], [keys])
+    assert_within_budget(out, oracle, attention_varlen_ref(*near, [3], [keys]), "far apart")
+
+
 PADDED = {  # (B, H, Sq, Sk, D)
     "self": (2, 2, 33, 33, 32),
     "walks": (2, 2, 20, 150, 64),

@@ -77,5 +77,25 @@ def test_row_tiles_cover_a_row(width):
     assert tiles.softmax_tile(32).rows > 1 and tiles.layernorm_tile(128).rows > 1
 
 
+def test_fp32_products_are_ieee_unless_torch_allows_tf32():
+    """By either form of torch's switch; reading the older one raises once the newer one is set."""
+    from fastbert.kernels._device import input_precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert input_precision(torch.float32) == "ieee"
+        for allow in (
+            lambda: setattr(matmul, "allow_tf32", True),
+            lambda: setattr(matmul, "fp32_precision", "tf32"),
+        ):
+            matmul.fp32_precision = "ieee"
+            allow()
+            assert input_precision(torch.float32) == "tf32"
+            assert input_precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_the_linear_route_is_the_library_until_it_is_measured():
     assert tiles.linear_route(m=32768, n=3072, k=768, dtype=torch.bfloat16, arch=90) == "library"
