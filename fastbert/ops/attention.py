@@ -16,7 +16,7 @@ from torch import Tensor
 from ..packing import PackedBatch
 from .backend import forced, resolve
 from .gradient import run_kernel
-from .library import define
+from .registry import define
 
 __all__ = ["attention", "attention_varlen"]
 

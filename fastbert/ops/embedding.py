@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .backend import resolve
 from .gradient import run_kernel
-from .library import define
 from .reference import embed_ref
+from .registry import define
 
 __all__ = ["check_range", "embed"]
 

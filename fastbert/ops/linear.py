@@ -18,8 +18,8 @@ from torch import Tensor
 from .backend import resolve
 from .gradient import wants_gradient
 from .layernorm import layer_norm
-from .library import define
 from .reference import bias_activation_ref, linear_ref
+from .registry import define
 
 __all__ = ["ACTIVATIONS", "activate", "linear", "linear_add_norm", "linear_gelu"]
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .backend import resolve
 from .gradient import run_kernel
-from .library import define
 from .reference import softmax_ref
+from .registry import define
 
 __all__ = ["softmax"]
 
