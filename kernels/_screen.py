@@ -127,7 +127,10 @@ def faults(variant: Variant, found: Resources) -> list[str]:
 
 
 class _ptxas_log:
-    """Collects what ptxas prints, which Triton sends to the standard output of the process."""
+    """Collects what ptxas prints, which Triton sends to the standard output of the process.
+
+    Has Triton compile even what its cache holds: ptxas says nothing about a kernel taken from there.
+    """
 
     text = ""
 
@@ -136,13 +139,20 @@ class _ptxas_log:
         self._file = tempfile.TemporaryFile()
         self._stdout = os.dup(1)
         os.dup2(self._file.fileno(), 1)
-        self._dump = triton.knobs.nvidia.dump_ptxas_log
+        self._before = (
+            triton.knobs.nvidia.dump_ptxas_log,
+            triton.knobs.compilation.always_compile,
+        )
         triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
         return self
 
     def __exit__(self, *exc):
         sys.stdout.flush()
-        triton.knobs.nvidia.dump_ptxas_log = self._dump
+        (
+            triton.knobs.nvidia.dump_ptxas_log,
+            triton.knobs.compilation.always_compile,
+        ) = self._before
         os.dup2(self._stdout, 1)
         os.close(self._stdout)
         self._file.seek(0)
