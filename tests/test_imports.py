@@ -22,8 +22,11 @@ RANKS = {
     "fastbert/acceleration.py": 5,
     "fastbert/tasks": 6,
     "fastbert/demo": 7,
-    "fastbert/cli": 7,
+    "fastbert/workbench": 7,
+    "benchmarks": 8,
+    "fastbert/cli": 9,
 }
+MAPPED = ("kernels", "benchmarks")  # top-level folders that are sub-packages of fastbert
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -44,7 +47,7 @@ def rank_of(path: str) -> int | None:
 def module_path(dotted: str) -> str:
     """``fastbert.kernels.x`` -> ``kernels/x.py``, ``fastbert.ops`` -> ``fastbert/ops``."""
     parts = dotted.split(".")
-    if parts[:2] == ["fastbert", "kernels"]:
+    if parts[0] == "fastbert" and parts[1:2] and parts[1] in MAPPED:
         parts = parts[1:]
     path = "/".join(parts)
     return f"{path}.py" if (ROOT / f"{path}.py").exists() else path
@@ -54,7 +57,7 @@ def imports_of(path: Path):
     """Absolute dotted names of everything that a file imports."""
     relative = path.relative_to(ROOT).with_suffix("")
     package = list(relative.parts[:-1])
-    if package[0] == "kernels":
+    if package[0] in MAPPED:
         package = ["fastbert", *package]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -67,7 +70,10 @@ def imports_of(path: Path):
 
 
 def sources() -> list[Path]:
-    return [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastbert").rglob("*.py")]
+    return [
+        *(path for folder in MAPPED for path in (ROOT / folder).glob("*.py")),
+        *(ROOT / "fastbert").rglob("*.py"),
+    ]
 
 
 def test_layers_import_downwards_only():

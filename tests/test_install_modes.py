@@ -27,6 +27,7 @@ print("TRANSFORMERS", BertModel.__name__)
 print("PACKAGE", fastbert.__file__)
 """
 ALONE = """
+import fastbert.benchmarks.shapes
 import fastbert.kernels._tiles as tiles
 from transformers import BertModel
 print(tiles.__name__, BertModel.__name__)

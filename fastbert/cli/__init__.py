@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..tasks.errors import TaskError
-from . import check, embed, fill_mask
+from . import bench, check, embed, fill_mask
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("embed")(embed.command)
 app.command("fill-mask")(fill_mask.command)
 app.command("check")(check.command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

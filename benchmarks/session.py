@@ -1,0 +1,86 @@
+"""One run of a suite: measure, keep every result as soon as it is there, write the reports."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from .catalogue import workloads
+from .limits import datasheet, measure_limits
+from .report import write_reports
+from .results import Measurement, NotMeasured, Results, machine_facts
+from .timing import Clock, clock_for
+from .workload import Workload, measure
+
+__all__ = ["RESULTS_NAME", "new_results", "run_suite"]
+
+RESULTS_NAME = "results.json"
+OUT_OF_TIME = "the time budget of this run was spent"
+Progress = Callable[[int, int, Workload, list[Measurement | NotMeasured]], None]
+
+
+def new_results(device: str, clock: Clock, **settings: object) -> Results:
+    """An empty file's worth: the machine and what it can do at most."""
+    facts = machine_facts(device)
+    limits = measure_limits(clock, device)
+    sheet = {f"datasheet_{k}": v for k, v in datasheet(facts["device"]).items() if limits}
+    return Results(machine=facts, settings={"clock": clock.how, **settings}, limits=limits | sheet)
+
+
+def run_suite(
+    suite: str,
+    folder: Path,
+    *,
+    device: str,
+    clock: Clock | None = None,
+    chosen: Iterable[Workload] | None = None,
+    seconds: float = 5.0,
+    time_budget: float | None = None,
+    providers: Iterable[str] | None = None,
+    progress: Progress = lambda *args: None,
+) -> Results:
+    """Run the workloads of a suite and write ``results.json``, ``report.md``, ``report.html``.
+
+    The result file is written anew after each workload, so that an interrupted run keeps what it
+    had; the reports are written at the end, interrupted or not.
+
+    Args:
+        suite: one of `catalogue.SUITES`.
+        folder: where the files go; it is made.
+        chosen: other workloads than the suite's.
+        seconds: for the timed rounds of one workload.
+        time_budget: seconds after which workloads are no longer started; they are listed as not
+            measured.
+        providers: a choice of providers; all if None.
+        progress: told after each workload: index, count, workload, its entries.
+    """
+    clock = clock or clock_for(device)
+    begin = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESULTS_NAME
+    todo = list(workloads(device, suite) if chosen is None else chosen)
+    results = new_results(device, clock, suite=suite, seconds=seconds, time_budget=time_budget)
+    torch.manual_seed(0)
+    try:
+        for i, workload in enumerate(todo):
+            spent = time.monotonic() - begin
+            if time_budget is not None and spent > time_budget:
+                names = workload.providers
+                entries = [NotMeasured(workload.id, name, OUT_OF_TIME) for name in names]
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of peers: prototypes, deprecated exporters
+                    entries = measure(workload, clock, device, providers=providers, seconds=seconds)
+            for entry in entries:
+                results.add(entry)
+            results.save(path)
+            progress(i, len(todo), workload, entries)
+    finally:
+        results.settings["took_seconds"] = round(time.monotonic() - begin, 1)
+        results.save(path)
+        write_reports(results, folder)
+    return results

@@ -1,0 +1,179 @@
+"""Clocks: how long a call takes, on a CPU and on a GPU, with several callables taken in turn.
+
+A clock turns a callable and its input sets into a function that gives one `Sample`. Everything
+that touches a real timer is behind `Clock.prepare`, so that tests can put a fake one there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Clock", "CudaClock", "NoClock", "Sample", "WallClock", "clock_for", "interleave"]
+
+Run = Callable[[Any], Any]
+_SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 60
+_GRAPH_BELOW = 100e-6  # seconds; event pairs around shorter work time the host
+_COLD_BYTES = 256 * 2**20  # input sets are rotated until they exceed this: past every L2 cache
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call: on the wall, and on the device where there is one."""
+
+    wall: float
+    device: float | None = None
+
+
+class Clock(Protocol):
+    """Times a callable. ``how`` says in words what its numbers are."""
+
+    how: str
+
+    def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
+        """Warm ``run`` up on all inputs; the result times it once, on the next inputs in turn."""
+        ...
+
+
+class WallClock:
+    """For work on the CPU. Calls shorter than 2 ms are repeated within one sample."""
+
+    how = "wall clock, calls in turn"
+
+    def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
+        for _ in range(2):
+            for x in inputs:
+                start = time.perf_counter()
+                run(x)
+                once = time.perf_counter() - start
+        count = max(1, math.ceil(_SHORTEST_SAMPLE / once))
+        turn = _turns(inputs)
+
+        def sample() -> Sample:
+            taken = [next(turn) for _ in range(count)]
+            start = time.perf_counter()
+            for x in taken:
+                run(x)
+            return Sample((time.perf_counter() - start) / count)
+
+        return sample
+
+
+class CudaClock:
+    """For work on a GPU: device time by events and wall time with synchronisation.
+
+    Kernels shorter than 100 us are timed inside a replayed CUDA graph where they can be captured,
+    else behind work that keeps the device busy while they are queued. The caller rotates over input
+    sets that do not fit the cache together, so that every call finds it cold.
+    """
+
+    how = "CUDA events (graph replay below 100 us), cold cache, and wall clock with synchronisation"
+
+    def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
+        for _ in range(3):
+            for x in inputs:
+                run(x)
+        torch.cuda.synchronize()
+        once = self._queued(run, inputs)
+        replay = self._capture(run, inputs) if once < _GRAPH_BELOW else None
+        turn = _turns(inputs)
+
+        def sample() -> Sample:
+            if replay is None:
+                device = self._queued(run, inputs)
+            else:
+                device = self._between(replay) / len(inputs)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run(next(turn))
+            torch.cuda.synchronize()
+            return Sample(time.perf_counter() - start, device)
+
+        return sample
+
+    @staticmethod
+    def _between(work: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # about half a millisecond in which the host runs ahead
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+    def _queued(self, run: Run, inputs: Sequence[Any]) -> float:
+        def all_inputs() -> None:
+            for x in inputs:
+                run(x)
+
+        return self._between(all_inputs) / len(inputs)
+
+    @staticmethod
+    def _capture(run: Run, inputs: Sequence[Any]) -> Callable[[], None] | None:
+        """A graph of one call per input set, or None for work that cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for x in inputs:
+                    run(x)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        graph.replay()
+        return graph.replay
+
+
+class NoClock:
+    """Where a time would mean nothing, under Triton's interpreter: everything else happens."""
+
+    how = "not measured: kernels are interpreted"
+
+    def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
+        raise NotImplementedError(self.how)
+
+
+def clock_for(device: str) -> Clock:
+    """The clock of a device, or the one that refuses where kernels are interpreted."""
+    from fastbert.ops.backend import interpreting
+
+    if device == "cuda":
+        return CudaClock()
+    return NoClock() if interpreting() else WallClock()
+
+
+def cold_sets(bytes_per_set: float, device: str) -> int:
+    """How many input sets to rotate so that none is in the cache when its turn comes."""
+    if device != "cuda" or bytes_per_set <= 0:
+        return 1
+    return max(1, min(32, math.ceil(_COLD_BYTES / bytes_per_set)))
+
+
+def interleave(
+    calls: dict[str, Callable[[], Sample]], *, seconds: float, max_rounds: int = _MAX_ROUNDS
+) -> dict[str, list[Sample]]:
+    """Samples of each, one per round, each round starting with another one.
+
+    Neighbouring samples share what the machine was doing, so that ratios of the same round cancel
+    it. At least five rounds, then until ``seconds`` have passed or ``max_rounds`` are done.
+    """
+    names = list(calls)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for i in range(max(max_rounds, _MIN_ROUNDS)):
+        if i >= _MIN_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for j in range(len(names)):
+            name = names[(i + j) % len(names)]
+            samples[name].append(calls[name]())
+    return samples
+
+
+def _turns(inputs: Sequence[Any]):
+    while True:
+        yield from inputs

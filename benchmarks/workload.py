@@ -1,0 +1,198 @@
+"""A workload, and the one way in which it is measured: check first, then time in turn.
+
+A `Workload` names what is measured; its ``setup`` makes the inputs, a builder per provider and the
+check. `measure` is the engine behind both ``pytest benchmarks/`` and ``fastbert bench``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastbert.kernels._cost import Cost
+from torch import Tensor
+
+from .results import Check, Measurement, NotMeasured
+from .timing import Clock, NoClock, Sample, interleave
+
+__all__ = [
+    "OURS",
+    "Prepared",
+    "Unavailable",
+    "Workload",
+    "WrongResult",
+    "checked_against",
+    "measure",
+]
+
+OURS = "fastbert"
+# A peer computes the same thing with rounding of its own; fastbert is held to twice torch's error.
+_OWN_FACTOR, _PEER_FACTOR = 2, 32
+
+
+class Unavailable(Exception):
+    """A provider cannot run here; the text says why."""
+
+
+class WrongResult(Exception):
+    """A provider's output is not what the reference gives."""
+
+
+@dataclass
+class Prepared:
+    """A workload with its tensors on a device.
+
+    Attributes:
+        inputs: sets that are rotated; ``inputs[0]`` is the one that is checked.
+        providers: name -> builder of the callable that is timed; builders may raise `Unavailable`.
+        check: (provider, output for ``inputs[0]``) -> `Check`; raises `WrongResult`.
+        cost: least work of one call; None where it makes no sense.
+        tokens: real tokens of one call.
+    """
+
+    inputs: list[Any]
+    providers: dict[str, Callable[[], Callable[[Any], Any]]]
+    check: Callable[[str, Any], Check]
+    cost: Cost | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured. ``params`` and ``op`` identify it in result files."""
+
+    op: str
+    level: str  # "kernel" or "model"
+    params: dict[str, Any]
+    dtype: torch.dtype
+    setup: Callable[[Workload, str], Prepared] = field(compare=False)
+    providers: tuple[str, ...]
+    suites: frozenset[str] = frozenset()
+    priority: int = 5  # smaller comes first
+    reference: str = "transformers sdpa"  # what ratios are relative to
+
+    @property
+    def id(self) -> str:
+        """``op/sizes/.../dtype``: ``B8``, a name such as ``base``, a flag such as ``residual``."""
+        parts = [
+            key if value is True else f"{key}{value}" if len(key) == 1 else str(value)
+            for key, value in self.params.items()
+            if value is not False
+        ]
+        return "/".join([self.op, *parts, str(self.dtype).removeprefix("torch.")])
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def checked_against(
+    provider: str, actual: Iterable[Tensor], oracle: Iterable[Tensor], baseline: Iterable[Tensor]
+) -> Check:
+    """The outcome of comparing outputs with fp64, in units of what torch is off by in that dtype.
+
+    fastbert may be off by at most twice torch's error plus one rounding
+    (`fastbert.testing.assert_within_budget`); a peer by 32 times, enough to tell another rounding
+    from another function.
+
+    Raises:
+        WrongResult: over the budget, not finite, or another shape.
+    """
+    factor = _OWN_FACTOR if provider.startswith(OURS) else _PEER_FACTOR
+    worst = worst_budget = 0.0
+    for got, exact, torchs in zip(actual, oracle, baseline, strict=True):
+        if got.shape != exact.shape:
+            raise WrongResult(f"{provider}: {tuple(got.shape)=}, expected {tuple(exact.shape)}")
+        got, exact, torchs, dtype = *(t.detach().double().cpu() for t in (got, exact, torchs)), (
+            torchs.dtype
+        )  # fmt: skip
+        rounding = torch.finfo(dtype).eps * exact.abs().max().item()
+        budget = factor * ((torchs - exact).abs().max().item() + rounding)
+        error = (got - exact).abs().max().item()
+        if not error <= budget:  # NaN too
+            raise WrongResult(f"{provider}: off by {error:.3e}, allowed {budget:.3e}")
+        if error >= worst:
+            worst, worst_budget = error, budget
+    return Check(passed=True, error=worst, budget=worst_budget, against="fp64")
+
+
+def measure(
+    workload: Workload,
+    clock: Clock,
+    device: str,
+    *,
+    providers: Iterable[str] | None = None,
+    seconds: float = 5.0,
+) -> list[Measurement | NotMeasured]:
+    """Check every provider of a workload, then time those that are right, in turn.
+
+    Args:
+        clock: what times; a `NoClock` checks only.
+        device: ``"cpu"`` or ``"cuda"``.
+        providers: a choice of them; all if None.
+        seconds: how long the timed rounds may take together.
+
+    Returns:
+        One entry per provider, in their order. A provider that cannot run or gives a wrong result
+        is a `NotMeasured` that says why; a wrong result has ``failed`` set.
+    """
+    chosen = [p for p in workload.providers if providers is None or p in set(providers)]
+    found: dict[str, Measurement | NotMeasured] = {}
+    checks: dict[str, Check] = {}
+    calls: dict[str, Callable[[], Sample]] = {}
+    runs: dict[str, Callable[[Any], Any]] = {}
+    prepared = workload.setup(workload, device)
+    for name in chosen:
+        try:
+            run = prepared.providers[name]()
+            checks[name] = prepared.check(name, run(prepared.inputs[0]))
+            if isinstance(clock, NoClock):
+                found[name] = NotMeasured(workload.id, name, f"{clock.how}; its result is right")
+                continue
+            calls[name] = clock.prepare(run, prepared.inputs)
+            runs[name] = run
+        except Unavailable as why:
+            found[name] = NotMeasured(workload.id, name, str(why))
+        except WrongResult as why:
+            found[name] = NotMeasured(workload.id, name, f"wrong result: {why}", failed=True)
+        except torch.OutOfMemoryError:
+            found[name] = NotMeasured(workload.id, name, "out of memory")
+        except Exception as error:  # a peer that breaks must not cost everybody else's numbers
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found[name] = NotMeasured(workload.id, name, why, failed=name.startswith(OURS))
+    samples = interleave(calls, seconds=seconds) if calls else {}
+    for name, taken in samples.items():
+        found[name] = Measurement(
+            workload=workload.id,
+            op=workload.op,
+            level=workload.level,
+            params=workload.params,
+            dtype=str(workload.dtype).removeprefix("torch."),
+            provider=name,
+            reference=workload.reference,
+            check=checks[name],
+            wall=[s.wall for s in taken],
+            device=None if taken[0].device is None else [s.device for s in taken],
+            tokens=prepared.tokens,
+            flops=prepared.cost.flops if prepared.cost else None,
+            bytes=prepared.cost.bytes if prepared.cost else None,
+            peak_memory=_peak_memory(runs[name], prepared.inputs[0], device),
+            how=clock.how,
+        )
+    del prepared, runs, calls
+    gc.collect()
+    return [found[name] for name in chosen]
+
+
+def _peak_memory(run: Callable[[Any], Any], x: Any, device: str) -> int | None:
+    """Bytes a call needs on top of what is already allocated; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
