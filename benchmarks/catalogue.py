@@ -12,8 +12,13 @@ import torch
 from .kernel_workloads import kernel
 from .model_workloads import (
     BASELINE,
+    COMPILED,
     EAGER,
+    INFERENCE,
+    OPENVINO,
+    ORT,
     OWN_PADDED,
+    TORCH_ENCODER,
     encode_texts,
     inference,
     training_step,
@@ -26,6 +31,7 @@ __all__ = ["SUITES", "workloads"]
 SUITES = ("smoke", "quick", "targets", "kernels", "models")
 _RAGGED = tuple(name for name in LENGTHS if name != "fixed")
 _NO_COMPILE = (OURS, BASELINE, EAGER)
+_PEERS = (OURS, BASELINE, COMPILED, TORCH_ENCODER, ORT, OPENVINO)  # where a call takes seconds
 
 
 def workloads(device: str, suite: str | None = None) -> list[Workload]:
@@ -67,9 +73,11 @@ def _on_cpu() -> list[Workload]:
         # base takes seconds a call: later, so that a short run has the breadth of minilm first
         first = 1 if model == "minilm" else 2
         target = {"suites": ("targets", "models"), "priority": first}
-        for batch, length in ((1, 32), (1, 128), (8, 128)):
+        for batch, length in ((1, 32), (1, 128)):
             found.append(inference(model, batch, length, **target))
-        found.append(inference(model, 32, 128, lengths="uniform", **target))
+        large = {**target, "providers": INFERENCE if model == "minilm" else _PEERS}
+        found.append(inference(model, 8, 128, **large))
+        found.append(inference(model, 32, 128, lengths="uniform", **large))
         breadth = {"suites": ("models",), "priority": first + 2, "providers": _NO_COMPILE}
         for length in (16, 64, 256, 512):
             found.append(inference(model, 1, length, **breadth))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -103,6 +104,9 @@ class _Encoders:
         path = Path(self._folder.name) / "model.onnx"
         ids, mask = torch.ones(2, 2, 16, dtype=torch.long)  # two tensors: one would be one input
         free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        log = logging.getLogger("torch.onnx")
+        level = log.level
+        log.setLevel(logging.ERROR)  # the exporter warns of every package that it does not find
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -115,6 +119,7 @@ class _Encoders:
                 dynamo=True,
                 verbose=False,
             )
+        log.setLevel(level)
         return path
 
     def _make_ort(self):
@@ -496,8 +501,7 @@ def _setup_encode(workload: Workload, device: str) -> Prepared:
 
     tokens = 0
     if why is None:
-        tokenized = load().tokenize(texts)
-        tokens = int(tokenized["attention_mask"].sum())
+        tokens = sum(map(len, load().tokenizer(texts, truncation=True)["input_ids"]))
     return Prepared([texts], {kind: builder(kind) for kind in ENCODE}, check, None, tokens)
 
 

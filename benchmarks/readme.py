@@ -24,8 +24,9 @@ RESULTS = ROOT / "benchmarks/results"
 _PEERS = ("torch.compile", "ONNX Runtime", "OpenVINO", "nn.TransformerEncoder")
 _NOT_MEASURED = {
     "cpu": "Not measured yet.",
-    "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, shared "
-    "memory and matrix instructions,\nand their results are tested; no figure for a GPU is claimed.",
+    "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, "
+    "shared memory and\nmatrix instructions, and their results are tested; no figure for a GPU is "
+    "claimed.",
 }
 
 

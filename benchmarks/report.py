@@ -7,13 +7,13 @@ carries its plots as SVG and loads nothing.
 from __future__ import annotations
 
 import html
-import io
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .model_workloads import BASELINE
+from .page import document, figure_of_panels, figure_of_rows, svg_of, table_of
 from .results import Measurement, Results, quantiles
 from .shapes import draw_lengths, fill_of
 from .targets import Judged, judge
@@ -203,44 +203,6 @@ class _Style:
         return self._of[provider][0]
 
 
-def _figure(columns: int = 1, *, height: float = 3.6):
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.family": ["DejaVu Sans"],
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e6e8ec",
-            "axes.edgecolor": "#9aa0a8",
-            "axes.titleweight": "bold",
-            "axes.titlesize": 10,
-            "legend.frameon": False,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "fastbert",
-        }
-    )
-    figure, axes = plt.subplots(1, columns, figsize=(4.9 * columns, height), squeeze=False)
-    return figure, list(axes[0])
-
-
-def _svg(figure) -> str:
-    from matplotlib import pyplot as plt
-
-    buffer = io.StringIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _legend(axis) -> None:
     """Each provider once, beside nothing that it would cover."""
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -268,7 +230,7 @@ def _time_plot(results: Results, style: _Style, op_names: tuple[str, ...], lette
     }
     if not panels:
         return None
-    figure, axes = _figure(len(panels))
+    figure, axes = figure_of_panels(len(panels))
     for axis, (model, lines) in zip(axes, panels.items(), strict=True):
         for provider, ms in lines.items():
             ms.sort(key=lambda m: m.params[letter])
@@ -283,7 +245,7 @@ def _time_plot(results: Results, style: _Style, op_names: tuple[str, ...], lette
         axis.set_title(f"{model}: {title}")
         _millisecond_axis(axis)
         _legend(axis)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _ragged_plot(results: Results, style: _Style):
@@ -302,7 +264,7 @@ def _ragged_plot(results: Results, style: _Style):
         )
     if not panels:
         return None
-    figure, axes = _figure(len(panels))
+    figure, axes = figure_of_panels(len(panels))
     for axis, (model, points) in zip(axes, panels.items(), strict=True):
         fills = [i / 100 for i in range(12, 101)]
         axis.plot(fills, [1 / f for f in fills], "--", color="#9aa0a8", label="1 / fill")
@@ -319,7 +281,7 @@ def _ragged_plot(results: Results, style: _Style):
         axis.set_ylabel(f"times as fast as {BASELINE}")
         axis.set_title(f"{model}: ragged batches")
         _legend(axis)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _matmul_limit(results: Results, dtype: str) -> float | None:
@@ -332,8 +294,7 @@ def _roofline_plot(results: Results, style: _Style):
     copy = results.limits.get("copy_gbs")
     if not points or not copy:
         return None
-    figure, (axis,) = _figure(height=4.2)
-    figure.set_size_inches(7.4, 4.2)
+    figure, (axis,) = figure_of_panels(width=7.4, height=4.2)
     for dtype in dict.fromkeys(m.dtype for m in points):
         top = _matmul_limit(results, dtype)
         if top is None:
@@ -353,7 +314,7 @@ def _roofline_plot(results: Results, style: _Style):
     axis.set_ylabel("TFLOP/s")
     axis.set_title(f"Roofline: limits measured in this run (copy {copy:.3g} GB/s)")
     _legend(axis)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _share_of_limit(results: Results, m: Measurement) -> float | None:
@@ -377,8 +338,7 @@ def _share_plot(results: Results, style: _Style):
     if not shares:
         return None
     rows = [(op, p, v) for op, by in shares.items() for p, v in sorted(by.items())]
-    figure, (axis,) = _figure(height=0.9 + 0.21 * len(rows))
-    figure.set_size_inches(9.0, 0.9 + 0.21 * len(rows))
+    figure, axis = figure_of_rows(len(rows))
     for i, (_, provider, values) in enumerate(rows):
         y, median = len(rows) - 1 - i, statistics.median(values)
         axis.barh(y, median, height=0.7, color=style.colour(provider), zorder=3)
@@ -394,7 +354,7 @@ def _share_plot(results: Results, style: _Style):
     axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
     axis.set_xlabel("share of the limit measured in this run (copy or matmul); dots are shapes")
     axis.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _grouped(rows: list[tuple[str, str]]) -> list[str]:
@@ -416,8 +376,7 @@ def _memory_plot(results: Results, style: _Style):
     if not groups:
         return None
     rows = [(name, m) for name, group in groups for m in group]
-    figure, (axis,) = _figure(height=0.9 + 0.22 * len(rows))
-    figure.set_size_inches(9.0, 0.9 + 0.22 * len(rows))
+    figure, axis = figure_of_rows(len(rows))
     for i, (_, m) in enumerate(rows):
         axis.barh(
             len(rows) - 1 - i, m.peak_memory / 2**20, color=style.colour(m.provider), zorder=3
@@ -426,41 +385,10 @@ def _memory_plot(results: Results, style: _Style):
     axis.set_yticks(range(len(rows)), labels[::-1], fontsize=7.5)
     axis.set_xlabel("MiB on top of weights and inputs")
     axis.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 # ---- HTML ----
-
-_CSS = """
-:root { --ink:#1c2027; --soft:#5d6570; --line:#e2e5ea; --blue:#1f5fd0; --back:#f6f7f9; }
-* { box-sizing:border-box }
-body { margin:0; background:var(--back); color:var(--ink);
-       font:15px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif }
-main { max-width:1120px; margin:0 auto; padding:36px 24px 80px }
-h1 { font-size:30px; margin:0 0 4px; letter-spacing:-.02em }
-h2 { font-size:20px; margin:44px 0 12px }
-p.where, .soft { color:var(--soft); margin:2px 0 }
-.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(200px,1fr)); gap:14px;
-         margin:26px 0 }
-.card, figure, .table { background:#fff; border:1px solid var(--line); border-radius:12px }
-.card { padding:16px 18px } .card b { display:block; font-size:32px; line-height:1.15;
-        color:var(--blue); letter-spacing:-.02em }
-figure { margin:0 0 16px; padding:16px 18px }
-figure svg { display:block; max-width:100%; height:auto; margin:0 auto }
-figcaption { color:var(--soft); font-size:13.5px; margin-top:6px }
-.table { overflow-x:auto; margin-bottom:16px }
-table { border-collapse:collapse; width:100%; font-size:13.5px }
-th, td { padding:7px 12px; text-align:left; border-bottom:1px solid var(--line);
-         white-space:nowrap } td.wide { white-space:normal }
-tr:last-child td { border-bottom:0 } th { color:var(--soft); font-weight:600 }
-td.num { font-variant-numeric:tabular-nums } tr.ours td { font-weight:600; color:var(--blue) }
-.chip { padding:2px 9px; border-radius:99px; font-size:12.5px; font-weight:600 }
-.pass { background:#dff3e4; color:#17693a } .between { background:#fdf0cf; color:#7a5200 }
-.below { background:#fbdedb; color:#96201a } .none { background:#e9ebef; color:#5d6570 }
-details { margin-bottom:8px } summary { cursor:pointer; padding:6px 0; font-weight:600 }
-.bad { background:#fbdedb; border:1px solid #e5a49f; border-radius:12px; padding:12px 18px }
-@media print { body { background:#fff } details { display:block } }
-"""
 
 
 def page(results: Results) -> str:
@@ -489,18 +417,12 @@ def page(results: Results) -> str:
         "</p>"
     )
     for name, group in results.by_workload():
-        table = _html_table(MEASURED_HEADER, measured_rows(group))
+        table = table_of(MEASURED_HEADER, measured_rows(group))
         parts.append(f"<details><summary>{html.escape(name)}</summary>{table}</details>")
     if results.not_measured:
         parts.append("<h2>Not measured</h2>")
-        parts.append(_html_table(("provider", "why", "where"), _not_measured_rows(results)))
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fastbert benchmarks, {html.escape(m['device'])}</title>"
-        f"<style>{_CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
+        parts.append(table_of(("provider", "why", "where"), _not_measured_rows(results)))
+    return document(f"fastbert benchmarks, {m['device']}", parts)
 
 
 def _cards(results: Results, judged: list[Judged]) -> str:
@@ -570,16 +492,3 @@ def _plots(results: Results, style: _Style) -> list[str]:
             caption = f"<figcaption>{caption}</figcaption>" if caption else ""
             parts.append(f"<h2>{title}</h2>\n<figure>{svg}{caption}</figure>")
     return parts
-
-
-def _html_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join(
-        f'<tr class="{"ours" if r[0] == OURS else ""}">'
-        + "".join(
-            f'<td class="{"wide" if len(c) > 60 else "num"}">{html.escape(c)}</td>' for c in r
-        )
-        + "</tr>"
-        for r in rows
-    )
-    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'

@@ -7,6 +7,7 @@ that touches a real timer is behind `Clock.prepare`, so that tests can put a fak
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ __all__ = ["Clock", "CudaClock", "NoClock", "Sample", "WallClock", "clock_for", 
 Run = Callable[[Any], Any]
 _SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 60
+_SLOW_ROUND = 15.0  # seconds; after such a round three are enough
+# Threads of one library spin for a while after its call and would slow the next one's down.
+_PAUSE = 10e-3
+_WARM_BELOW = 0.1  # seconds; shorter calls are made once more after a pause, untimed
 _GRAPH_BELOW = 100e-6  # seconds; event pairs around shorter work time the host
 _COLD_BYTES = 256 * 2**20  # input sets are rotated until they exceed this: past every L2 cache
 
@@ -47,15 +52,21 @@ class WallClock:
     how = "wall clock, calls in turn"
 
     def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
-        for _ in range(2):
+        once = math.inf
+        for _ in range(3):
             for x in inputs:
                 start = time.perf_counter()
                 run(x)
-                once = time.perf_counter() - start
+                once = min(once, time.perf_counter() - start)
+            if once > _WARM_BELOW:
+                break
         count = max(1, math.ceil(_SHORTEST_SAMPLE / once))
         turn = _turns(inputs)
 
         def sample() -> Sample:
+            time.sleep(_PAUSE)
+            if once < _WARM_BELOW:
+                run(next(turn))
             taken = [next(turn) for _ in range(count)]
             start = time.perf_counter()
             for x in taken:
@@ -157,19 +168,23 @@ def cold_sets(bytes_per_set: float, device: str) -> int:
 def interleave(
     calls: dict[str, Callable[[], Sample]], *, seconds: float, max_rounds: int = _MAX_ROUNDS
 ) -> dict[str, list[Sample]]:
-    """Samples of each, one per round, each round starting with another one.
+    """Samples of each, one per round, in another order in each round.
 
     Neighbouring samples share what the machine was doing, so that ratios of the same round cancel
-    it. At least five rounds, then until ``seconds`` have passed or ``max_rounds`` are done.
+    it; a changing order keeps one provider from always running in the wake of another. At least
+    five rounds (three if a round takes longer than 15 seconds), then until ``seconds`` have passed
+    or ``max_rounds`` are done.
     """
-    names = list(calls)
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    samples: dict[str, list[Sample]] = {name: [] for name in order}
     begin = time.perf_counter()
     for i in range(max(max_rounds, _MIN_ROUNDS)):
-        if i >= _MIN_ROUNDS and time.perf_counter() - begin > seconds:
+        spent = time.perf_counter() - begin
+        enough = 3 if i and spent / i > _SLOW_ROUND else _MIN_ROUNDS
+        if i >= enough and spent > seconds:
             break
-        for j in range(len(names)):
-            name = names[(i + j) % len(names)]
+        shuffle(order)
+        for name in order:
             samples[name].append(calls[name]())
     return samples
 

@@ -7,7 +7,14 @@ instructions or overflows shared memory (tests/test_kernel_compile.py does so fo
 **None has been timed on a GPU yet**: among the survivors the choice follows published tile sizes.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,6 +30,7 @@ __all__ = [
     "layernorm_tile",
     "linear_route",
     "softmax_tile",
+    "tuned",
 ]
 
 ARCHITECTURES = (80, 89, 90)
@@ -68,6 +76,34 @@ def _known(arch: int) -> int:
     return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
 
 
+TUNED_FILE = Path(__file__).with_name("tuned.json")
+# "sm_90" -> slot -> fields: what ``fastbert kernels tune`` measured to be better than the tables.
+_tuned: dict[str, dict[str, dict[str, int]]] = (
+    json.loads(TUNED_FILE.read_text("utf-8")) if TUNED_FILE.exists() else {}
+)
+
+
+def _choose(slot: str, arch: int, tile):
+    """The tile of the tables, with the fields that were tuned for this very architecture."""
+    fields = _tuned.get(f"sm_{arch}", {}).get(slot)
+    return dataclasses.replace(tile, **fields) if fields else tile
+
+
+@contextmanager
+def tuned(arch: int, slot: str, fields: dict[str, int]) -> Iterator[None]:
+    """Use these fields for a slot within a block: for the tuner."""
+    table = _tuned.setdefault(f"sm_{arch}", {})
+    before = table.get(slot)
+    table[slot] = fields
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[slot]
+        else:
+            table[slot] = before
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
@@ -91,6 +127,11 @@ _AMPERE: dict[bool, dict[int, _Tiles]] = {
         128: ((64, 64, 8, 1), (64, 128, 8, 1), (32, 32, 4, 2)),
     },
 }
+# sm_89 runs out of registers where sm_80 does not.
+_ADA: dict[bool, dict[int, _Tiles]] = {
+    **_AMPERE,
+    False: {**_AMPERE[False], 128: ((64, 64, 8, 1), (64, 128, 8, 1), (32, 64, 4, 2))},
+}
 _HOPPER: dict[bool, dict[int, _Tiles]] = {
     False: {
         16: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
@@ -105,10 +146,10 @@ _HOPPER: dict[bool, dict[int, _Tiles]] = {
         128: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 32, 4, 2)),
     },
 }
-_ATTENTION = {80: _AMPERE, 89: _AMPERE, 90: _HOPPER}
+_ATTENTION = {80: _AMPERE, 89: _ADA, 90: _HOPPER}
 # fp32 products run outside the matrix units, on operands in registers: small tiles.
 _ATTENTION_FP32: dict[int, _Tiles] = {
-    16: ((16, 32, 4, 1), (16, 32, 4, 1)),
+    16: ((16, 32, 4, 1), (16, 32, 4, 2)),
     32: ((16, 32, 4, 1), (16, 32, 4, 1)),
     64: ((32, 32, 8, 1), (32, 32, 8, 1)),
     128: ((16, 32, 8, 1), (16, 32, 8, 1)),
@@ -138,11 +179,14 @@ def attention_tile(
         *whole, walking = _ATTENTION[_known(arch)][has_bias][block_d]
     else:
         *whole, walking = _ATTENTION_FP32[block_d]
+    slot = f"attention D{block_d} {8 * dtype.itemsize} bit{' bias' if has_bias else ''}"
     for block_m, block_n, num_warps, num_stages in whole:
         if max_seqlen_k <= block_n:
-            return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=True)
+            tile = AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=True)
+            return _choose(f"{slot} S<={block_n}", arch, tile)
     block_m, block_n, num_warps, num_stages = walking
-    return AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=False)
+    tile = AttentionTile(block_m, block_n, block_d, num_warps, num_stages, single=False)
+    return _choose(f"{slot} long", arch, tile)
 
 
 def attention_tiles(
@@ -164,19 +208,19 @@ def attention_tiles(
 
 
 _GEMM = {
-    (80, True): GemmTile(128, 128, 64, 8, 8, 3),
-    (89, True): GemmTile(64, 128, 64, 8, 4, 3),
-    (90, True): GemmTile(128, 128, 64, 8, 8, 3),
+    80: GemmTile(128, 128, 64, 8, 8, 3),
+    89: GemmTile(64, 128, 64, 8, 4, 3),
+    90: GemmTile(128, 128, 64, 8, 8, 3),
 }
 
 
 def gemm_tile(*, m: int, dtype: torch.dtype, arch: int) -> GemmTile:
     """The tile of the product with a fused activation."""
     if dtype.itemsize != 2:
-        return GemmTile(32, 32, 32, 8, 4, 2)
+        return _choose("linear 32 bit", arch, GemmTile(32, 32, 32, 8, 4, 2))
     if m <= 64:
-        return GemmTile(64, 64, 64, 8, 4, 3)
-    return _GEMM[_known(arch), True]
+        return _choose("linear 16 bit M<=64", arch, GemmTile(64, 64, 64, 8, 4, 3))
+    return _choose("linear 16 bit", arch, _GEMM[_known(arch)])
 
 
 def linear_route(*, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> str:
@@ -189,22 +233,24 @@ def linear_route(*, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> st
     return "library"
 
 
-def layernorm_tile(width: int) -> RowTile:
-    """About 4096 values a program: one row of a wide model, several of a narrow one."""
+def layernorm_tile(width: int, arch: int) -> RowTile:
+    """About 2048 values a program: one row of a wide model, several of a narrow one."""
     block_n = next_power_of_2(width)
     rows = max(1, min(16, 2048 // block_n))
     num_warps = 4 if block_n <= 2048 else 16
-    return RowTile(rows, block_n, num_warps)
+    return _choose(f"layernorm {block_n}", arch, RowTile(rows, block_n, num_warps))
 
 
-def softmax_tile(width: int) -> RowTile:
+def softmax_tile(width: int, arch: int) -> RowTile:
     """Several short rows a program, one long row."""
     block_n = max(16, next_power_of_2(width))
     rows = max(1, min(32, 2048 // block_n))
-    return RowTile(rows, block_n, 4 if block_n <= 2048 else 8)
+    tile = RowTile(rows, block_n, 4 if block_n <= 2048 else 8)
+    return _choose(f"softmax {block_n}", arch, tile)
 
 
-def bias_activation_tile(width: int) -> RowTile:
+def bias_activation_tile(width: int, arch: int) -> RowTile:
     """A strip of one row per program; wide rows take several strips."""
     block_n = min(1024, next_power_of_2(width))
-    return RowTile(max(1, 2048 // block_n), block_n, 4)
+    tile = RowTile(max(1, 2048 // block_n), block_n, 4)
+    return _choose(f"bias_activation {block_n}", arch, tile)

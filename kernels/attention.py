@@ -8,10 +8,10 @@ strides, so that they may be views of one projection ``[T, 3, H, D]``, and the o
 
 Two bodies. Where the longest sequence's keys fit one tile (``SINGLE``) it is a plain softmax
 without rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,
-1805.02867;
-FlashAttention: Dao et al., 2205.14135): full tiles without any bounds check, then one masked tail.
-The score tile, written once in `_scores`, is in units of log2, so that exp is exp2; the scale is
-applied after the product, in fp32, not to the 16-bit q.
+1805.02867; FlashAttention: Dao et al., 2205.14135): full tiles without any bounds check, then one
+masked tail. The scale is applied after the product, in fp32, not to the 16-bit q. exp is exp2 of
+scores in units of log2; without a bias, scaling and taking off the maximum are one fma, which is an
+instruction less for every score. So the scale must be positive.
 
 Kept for backward: the log-sum-exp of each row, fp32, in log2 units, ``-inf`` for a row without a
 key. Such a row gives zeros. Scores and statistics are fp32; p is rounded to v's dtype before the
@@ -51,12 +51,13 @@ def _load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
 def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             CHECK_KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of scores in log2 units, [BLOCK_M, BLOCK_N], -inf where a query may not look.
+    """One tile of scores, [BLOCK_M, BLOCK_N], -inf where a query may not look.
 
-    Pointers are at the tile's first query and key; ``len_q`` and ``len_k`` count from there.
+    As the product gives them without a bias; scaled and in log2 units with one. Pointers are at the
+    tile's first query and key; ``len_q`` and ``len_k`` count from there.
     """
     k = _load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * scale_log2
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     mask_n = offs_n < len_k
     if bias_ptr is not None:
         bias_ptrs = (
@@ -69,13 +70,31 @@ def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t
             bias = tl.load(bias_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         else:
             bias = tl.load(bias_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, BLOCK_N]
-        s += bias.to(tl.float32) * LOG2E
+        s = s * scale_log2 + bias.to(tl.float32) * LOG2E
     if key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]
         s = tl.where((keep != 0)[None, :], s, float("-inf"))
     elif CHECK_KEYS:
         s = tl.where(mask_n[None, :], s, float("-inf"))
     return s
+
+
+@triton.jit
+def _highest(s, scale_log2, SCALED: tl.constexpr):
+    """The largest score of each row in log2 units, [BLOCK_M]; the scale is positive."""
+    if SCALED:
+        return tl.max(s, 1)
+    else:
+        return tl.max(s, 1) * scale_log2
+
+
+@triton.jit
+def _weights(s, pivot, scale_log2, SCALED: tl.constexpr):
+    """``exp2(scores - pivot)``; scale and subtraction are one operation with one rounding."""
+    if SCALED:
+        return tl.exp2(s - pivot[:, None])
+    else:
+        return tl.exp2(tl.fma(s, scale_log2, -pivot[:, None]))
 
 
 @triton.jit
@@ -87,12 +106,13 @@ def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m,
     s = _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
                 stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM, BLOCK_D, CHECK_KEYS,
                 INPUT_PRECISION)  # fmt: skip
-    m_new = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M]
+    SCALED: tl.constexpr = bias_ptr is not None
+    m_new = tl.maximum(m_i, _highest(s, scale_log2, SCALED))  # [BLOCK_M]
     if (bias_ptr is not None) or (key_mask_ptr is not None):
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite where no key was seen yet
     else:
         pivot = m_new
-    p = tl.exp2(s - pivot[:, None])
+    p = _weights(s, pivot, scale_log2, SCALED)
     alpha = tl.exp2(m_i - pivot)
     l_i = l_i * alpha + tl.sum(p, 1)
     v = _load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
@@ -186,8 +206,10 @@ def _attention_fwd_kernel(
             q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, seq_q, seq_k, scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
         )  # fmt: skip
-        m_i = tl.max(s, 1)  # [BLOCK_M]
-        p = tl.exp2(s - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])  # [BLOCK_M, BLOCK_N]
+        SCALED: tl.constexpr = bias_ptr is not None
+        m_i = _highest(s, scale_log2, SCALED)  # [BLOCK_M]
+        pivot = tl.where(m_i == float("-inf"), 0.0, m_i)
+        p = _weights(s, pivot, scale_log2, SCALED)  # [BLOCK_M, BLOCK_N]
         l_i = tl.sum(p, 1)
         v = _load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -238,7 +260,7 @@ def attention_varlen_fwd(
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``.
         tile_map: int32 ``[tiles, 2]``, (sequence, tile) pairs for ``tile.block_m``.
         tile: from `fastbert.kernels._tiles.attention_tile` for the longest sequence.
-        scale: factor for the scores.
+        scale: factor for the scores, positive.
 
     Returns:
         ``[Tq, H, D]`` contiguous, and the log-sum-exp in log2 units, fp32 ``[H, Tq]``.
@@ -275,7 +297,7 @@ def attention_padded_fwd(
         q: ``[B, H, Sq, D]``; k, v: ``[B, H, Sk, D]``; any strides, the last 1.
         key_mask: bool ``[B, Sk]``, True to attend, or None.
         bias: floating, expanded to ``[B, H, Sq, Sk]``, or None.
-        scale: factor for the scores.
+        scale: factor for the scores, positive.
 
     Returns:
         ``[B, H, Sq, D]`` as a view of a contiguous ``[B, Sq, H, D]``, and the log-sum-exp in log2
@@ -314,6 +336,7 @@ def _launch(
     scale, tile,
 ):  # fmt: skip
     head_dim = q.shape[-1]
+    assert scale > 0, "the scale must be positive: the largest score is found before scaling"
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "heads must be contiguous"
     with on_device(q.device):
         _attention_fwd_kernel[grid](

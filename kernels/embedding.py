@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import on_device
+from ._device import device_arch, on_device
 from ._tiles import MAX_ROW, layernorm_tile
 from .layernorm import normalize
 
@@ -99,7 +99,7 @@ def embedding_fwd(
     mean, rstd = torch.empty(2, m, dtype=torch.float32, device=word.device).unbind(0)
     if m == 0:
         return y, mean, rstd
-    tile = layernorm_tile(n)
+    tile = layernorm_tile(n, device_arch(word.device))
     with on_device(word.device):
         _embedding_fwd_kernel[(triton.cdiv(m, tile.rows),)](
             y, mean, rstd, *ids, *tables, weight, bias,

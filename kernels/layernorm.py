@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import on_device
+from ._device import device_arch, on_device
 from ._tiles import MAX_ROW, layernorm_tile
 
 __all__ = ["layernorm_fwd", "normalize"]
@@ -95,7 +95,7 @@ def layernorm_fwd(
     mean, rstd = torch.empty(2, m, dtype=torch.float32, device=x.device).unbind(0)
     if m == 0 or n == 0:
         return y, mean, rstd
-    tile = layernorm_tile(n)
+    tile = layernorm_tile(n, device_arch(x.device))
     with on_device(x.device):
         _layernorm_fwd_kernel[(triton.cdiv(m, tile.rows),)](
             y, mean, rstd, x, residual, input_bias, weight, bias,

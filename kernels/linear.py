@@ -143,7 +143,7 @@ def bias_activation_fwd_(
     m, n = x.shape
     if x.numel() == 0:
         return x
-    tile = bias_activation_tile(n)
+    tile = bias_activation_tile(n, device_arch(x.device))
     with on_device(x.device):
         _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
             x, bias, x.stride(0), m,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E
-from ._device import on_device
+from ._device import device_arch, on_device
 from ._tiles import MAX_ROW, softmax_tile
 
 __all__ = ["softmax_fwd"]
@@ -77,7 +77,7 @@ def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> 
     is_bool = mask is not None and mask.dtype == torch.bool
     m = batch_size * num_heads * num_queries
     assert m < 2**31, f"at most 2**31 rows, got {m}"
-    tile = softmax_tile(n)
+    tile = softmax_tile(n, device_arch(x.device))
     with on_device(x.device):
         _softmax_fwd_kernel[(triton.cdiv(m, tile.rows),)](
             y, x, mask,

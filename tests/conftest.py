@@ -23,12 +23,12 @@ import fastbert  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and interpreter.py, beside the tests
+sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and fakes.py, beside the tests
 
 if HAS_TRITON and not HAS_GPU:
-    import interpreter
+    from fastbert.kernels import _interpreter
 
-    interpreter.install()
+    _interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

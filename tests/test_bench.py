@@ -7,6 +7,7 @@ around them is looked at.
 import dataclasses
 import json
 import statistics
+import time
 
 import pytest
 import torch
@@ -110,15 +111,18 @@ def test_a_measurement_needs_a_green_check(tmp_path, facts):
 # ---- clocks ----
 
 
-def test_samples_are_taken_in_turn_and_start_with_another_one_each_round():
+def test_samples_are_taken_in_turn_and_in_another_order_each_round():
     order = []
 
     def call(name):
         return lambda: order.append(name) or Sample(1e-6)
 
-    samples = interleave({n: call(n) for n in "abc"}, seconds=0.0, max_rounds=9)
-    assert {n: len(s) for n, s in samples.items()} == {"a": 5, "b": 5, "c": 5}
-    assert "".join(order) == "abcbcacababcbca"
+    samples = interleave({n: call(n) for n in "abcde"}, seconds=0.0, max_rounds=9)
+    assert {len(s) for s in samples.values()} == {5}
+    rounds = [order[i : i + 5] for i in range(0, 25, 5)]
+    assert all(sorted(r) == list("abcde") for r in rounds)
+    before = {n: {r[r.index(n) - 1] for r in rounds if r[0] != n} for n in "abcde"}
+    assert all(len(names) > 1 for names in before.values()), "always in the wake of the same one"
 
 
 def test_the_wall_clock_repeats_short_calls_and_rotates_inputs():
@@ -127,6 +131,9 @@ def test_the_wall_clock_repeats_short_calls_and_rotates_inputs():
     warm = len(seen)
     assert sample().wall > 0 and len(seen) - warm > 100  # 2 ms of list appends
     assert seen[warm:][:4] == ["a", "b", "a", "b"]
+    slow = WallClock().prepare(lambda x: seen.append(x) or time.sleep(0.12), ["c"])
+    slow()
+    assert seen.count("c") == 2, "slow calls are not repeated for nothing"
 
 
 def test_the_gpu_clock_divides_by_calls_and_replays_short_work(monkeypatch):

@@ -22,8 +22,8 @@ RANKS = {
     "fastbert/acceleration.py": 5,
     "fastbert/tasks": 6,
     "fastbert/demo": 7,
-    "fastbert/workbench": 7,
-    "benchmarks": 8,
+    "benchmarks": 7,
+    "fastbert/workbench": 8,
     "fastbert/cli": 9,
 }
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are sub-packages of fastbert

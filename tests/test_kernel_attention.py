@@ -229,3 +229,18 @@ def test_addresses_beyond_31_bits(device):
     last = [t[-100:] for t in (q, k, v)]
     oracle = attention_varlen_ref(*(t.double() for t in last), [100], [100])
     assert_within_budget(out[-100:], oracle, attention_varlen_ref(*last, [100], [100]), "last rows")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
+def test_attention_takes_any_scale(scale, device):
+    q, k, v = torch.randn(3, 2, 2, 40, 32, device=device)
+    actual = ops.attention(q, k, v, scale=scale)
+    oracle = attention_ref(q.double(), k.double(), v.double(), scale=scale)
+    assert_within_budget(actual, oracle, attention_ref(q, k, v, scale=scale), f"scale {scale}")
+    rows = [t[0].transpose(0, 1).contiguous() for t in (q, k, v)]
+    packed = ops.attention_varlen(*rows, PackedBatch.from_lengths([40], device=device), scale=scale)
+    exact, torchs = (
+        oracle[0].transpose(0, 1),
+        attention_ref(q, k, v, scale=scale)[0].transpose(0, 1),
+    )
+    assert_within_budget(packed, exact, torchs, f"packed, scale {scale}")

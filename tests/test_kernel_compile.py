@@ -18,7 +18,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 89, 90)
-FAMILIES = ("attention", "rows", "linear")
+KERNELS = ("attention", "softmax", "layernorm", "embedding", "linear", "bias_activation")
+COMMAND = "from fastbert.cli import main; main()"
 
 
 def run_without_interpreter(*args: str, **variables: str) -> subprocess.CompletedProcess:
@@ -29,36 +30,43 @@ def run_without_interpreter(*args: str, **variables: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(family, arch):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernel, arch):
     """No stack, no serialised wgmma, shared memory within limits, matrix units for products."""
     result = run_without_interpreter(
-        "-m", "fastbert.kernels._screen", "--json", "--arch", str(arch), "--family", family
+        "-c", COMMAND, "kernels", "screen", kernel, "--arch", f"sm_{arch}", "--json"
     )
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert rows, result.stderr[-2000:]
     assert not {row["name"]: row["faults"] for row in rows if row["faults"]}
     assert result.returncode == 0, result.stderr[-2000:]
-    assert all(row["registers"] > 0 for row in rows)
+    for row in rows:
+        assert row["registers"] > 0 and row["programs_per_sm"] > 0, row["name"]
+        assert row["spill_stores"] == row["spill_loads"] == 0, row["name"]
+
+
+def test_every_kernel_is_screened():
+    variants = pytest.importorskip("fastbert.kernels._variants", exc_type=ImportError)
+    assert set(variants.KERNELS) == set(KERNELS)
 
 
 PROBE = """
 import dataclasses, json
-from fastbert.kernels import _screen
-from fastbert.kernels._tiles import AttentionTile
+from fastbert.kernels._cards import LIMITS
+from fastbert.kernels._compile import compile_variant, faults
+from fastbert.kernels._variants import variants
 
 # Too large for one warp group: its wgmma are serialised on sm_90, and it spills on sm_80.
-_screen.attention_tiles = lambda *args: [AttentionTile(128, 128, 128, 4, 2, single=False)]
+tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
 reasons = []
 for arch in (90, 80):
-    variant = next(
-        v for v in _screen.variants("attention", arch)
-        if v.constants["HEAD_DIM"] == 128 and v.name.endswith("packed") and "bf16" in v.name
-    )
-    found = _screen.screen(variant)
-    reasons.append(_screen.faults(variant, found))
-    broken = dataclasses.replace(found, shared=_screen.SHARED_LIMIT[arch] + 1, wgmma=0, mma=0)
-    reasons.append(_screen.faults(variant, broken))
+    chosen = variants("attention", arch, tile=tile)
+    variant = next(v for v in chosen if "D128 128x128 online packed" in v.name)
+    found = compile_variant(variant)
+    reasons.append(faults(variant, found))
+    shared = LIMITS[arch].shared_per_program + 1
+    broken = dataclasses.replace(found, shared=shared, sass="")
+    reasons.append(faults(variant, broken))
 print(json.dumps(reasons))
 """
 

@@ -68,13 +68,13 @@ def test_heads_over_128_are_refused():
 
 @pytest.mark.parametrize("width", [1, 2, 31, 32, 77, 384, 768, 1024, 4096, 8192])
 def test_row_tiles_cover_a_row(width):
-    for tile in (tiles.layernorm_tile(width), tiles.softmax_tile(width)):
+    for tile in (tiles.layernorm_tile(width, 90), tiles.softmax_tile(width, 90)):
         assert is_power_of_2(tile.block_n) and tile.block_n >= width
         assert is_power_of_2(tile.rows)
         assert tile.rows == 1 or tile.rows * tile.block_n <= 4096
-    strip = tiles.bias_activation_tile(width)
+    strip = tiles.bias_activation_tile(width, 90)
     assert is_power_of_2(strip.block_n) and is_power_of_2(strip.rows)
-    assert tiles.softmax_tile(32).rows > 1 and tiles.layernorm_tile(128).rows > 1
+    assert tiles.softmax_tile(32, 90).rows > 1 and tiles.layernorm_tile(128, 90).rows > 1
 
 
 def test_fp32_products_are_ieee_unless_torch_allows_tf32():
@@ -99,3 +99,17 @@ def test_fp32_products_are_ieee_unless_torch_allows_tf32():
 
 def test_the_linear_route_is_the_library_until_it_is_measured():
     assert tiles.linear_route(m=32768, n=3072, k=768, dtype=torch.bfloat16, arch=90) == "library"
+
+
+def test_a_tuned_tile_replaces_the_tables_for_its_architecture_alone():
+    plain = tiles.softmax_tile(128, 90)
+    with tiles.tuned(90, "softmax 128", {"rows": 2, "num_warps": 1}):
+        assert tiles.softmax_tile(128, 90) == tiles.RowTile(2, 128, 1)
+        assert tiles.softmax_tile(128, 80) == plain
+        assert tiles.softmax_tile(256, 90).num_warps != 1
+    assert tiles.softmax_tile(128, 90) == plain
+    options = dict(head_dim=64, dtype=torch.bfloat16, arch=90, max_seqlen_q=512, max_seqlen_k=512)
+    with tiles.tuned(90, "attention D64 16 bit long", {"block_m": 64}):
+        assert tiles.attention_tile(**options).block_m == 64
+        listed = tiles.attention_tiles(90, torch.bfloat16, 64, False)
+        assert tiles.attention_tile(**options) in listed, "the compile test would not see it"

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..tasks.errors import TaskError
-from . import bench, check, embed, fill_mask
+from . import bench, check, embed, fill_mask, kernels
 
 __all__ = ["app", "main"]
 
@@ -28,6 +28,7 @@ app.command("embed")(embed.command)
 app.command("fill-mask")(fill_mask.command)
 app.command("check")(check.command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(kernels.app, name="kernels")
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ def _launch_varlen(
 ) -> Tensor:
     from ..kernels.attention import attention_varlen_fwd
 
+    q, scale = _positive(q, scale)
     tile = _varlen_tile(q, max_seqlen_q, max_seqlen_k)
     return attention_varlen_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale)[0]
 
@@ -45,7 +46,15 @@ def _launch_padded(
 ) -> Tensor:
     from ..kernels.attention import attention_padded_fwd
 
+    q, scale = _positive(q, scale)
     return attention_padded_fwd(q, k, v, key_mask, bias, scale=scale)[0]
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale, which the kernels need."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def _varlen_tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):

@@ -1,9 +1,9 @@
-"""Makes Triton's interpreter right for bf16 and quicker, for tests only.
+"""Makes Triton's interpreter right for bf16 and fma, and quicker: for tests and the workbench.
 
 The interpreter keeps bf16 as uint16 and multiplies those bit patterns, truncates where a GPU
 rounds to nearest even, and says nothing (triton issue 11584). Casts and ``tl.dot`` are mended
-here. Arithmetic on
-bf16 without a cast to fp32 is made an error instead: our kernels compute in fp32.
+here. Arithmetic on bf16 without a cast to fp32 is made an error instead: our kernels compute in
+fp32. ``tl.fma`` rounds twice there and once on a GPU; here once.
 
 It also looks through ``triton.language`` again at every call of a jitted helper; once per launch
 will do.
@@ -38,7 +38,7 @@ def _convert(src, dst_type, otherwise):
     return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target)), target)
 
 
-def _mend_bf16() -> None:
+def _mend_arithmetic() -> None:
     builder = interpreter.InterpreterBuilder
     cast_impl, fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
     binary_op, unary_op, dot = builder.binary_op, builder.unary_op, builder.create_dot
@@ -65,6 +65,14 @@ def _mend_bf16() -> None:
         src, dst, lambda: fp_to_fp(self, src, dst, mode)
     )
     builder.binary_op, builder.unary_op, builder.create_dot = new_binary_op, new_unary_op, new_dot
+
+    def fma(self, x, y, z):
+        # The product of two fp32 values is exact in fp64.
+        refuse(x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    builder.create_fma = fma
     builder.create_erf = lambda self, arg: interpreter.TensorHandle(
         torch.erf(torch.from_numpy(np.ascontiguousarray(arg.data))).numpy(), arg.dtype.scalar
     )
@@ -97,7 +105,14 @@ def _patch_language_once_per_launch() -> None:
     interpreter._patch_lang = patch_lang
 
 
+_installed = False
+
+
 def install() -> None:
-    """Mend the interpreter of this process."""
-    _mend_bf16()
+    """Mend the interpreter of this process; once is enough."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    _mend_arithmetic()
     _patch_language_once_per_launch()

@@ -1,0 +1,156 @@
+"""What a compiled variant takes of a GPU and what that allows: occupancy, roofline, code.
+
+Occupancy follows the CUDA occupancy calculator: registers are handed out to warps in units of 256,
+shared memory to programs with 1 KiB reserved for each, and the scarcest resource decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..kernels._cards import CARDS, LIMITS, Card
+from ..kernels._compile import Artefact, compile_variant, faults
+from ..kernels._variants import Variant
+from . import sass
+
+__all__ = ["Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_seconds"]
+
+_REGISTER_UNIT = 256  # registers of a warp are handed out in this many
+_RESERVED_SHARED = 1024  # bytes of shared memory that the system keeps per program
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How many programs one multiprocessor holds, and what allows no more.
+
+    Attributes:
+        programs: resident at a time; 0 if not even one fits.
+        warps: resident at a time.
+        share: of the warps that the multiprocessor could hold.
+        limit: ``registers``, ``shared memory``, ``warps`` or ``programs``.
+    """
+
+    programs: int
+    warps: int
+    share: float
+    limit: str
+
+
+def occupancy(arch: int, *, registers: int, shared: int, num_warps: int) -> Occupancy:
+    """Resident programs of an architecture of `fastbert.kernels._cards.LIMITS`.
+
+    Args:
+        registers: per thread.
+        shared: bytes per program.
+        num_warps: per program.
+    """
+    limits = LIMITS[arch]
+    per_warp = math.ceil(registers * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
+    by = {
+        "registers": limits.registers // per_warp // num_warps,
+        "shared memory": limits.shared // (shared + _RESERVED_SHARED),
+        "warps": limits.warps // num_warps,
+        "programs": limits.programs,
+    }
+    if shared > limits.shared_per_program:
+        by["shared memory"] = 0
+    limit = min(by, key=by.get)
+    programs = by[limit]
+    warps = programs * num_warps
+    return Occupancy(programs, warps, warps / limits.warps, limit)
+
+
+def roofline_seconds(variant: Variant, card: Card) -> tuple[float, str]:
+    """The least time of the variant's example on a card, and what bounds it.
+
+    Data-sheet rates: 16-bit products on the matrix units, fp32 products on the fp32 units.
+    """
+    wide = variant.dtype == torch.float32
+    tf32 = variant.constants.get("INPUT_PRECISION") == "tf32"
+    rate = (card.matmul_tf32 if tf32 else card.fp32) if wide else card.matmul_16bit
+    arithmetic = variant.cost.flops / (1e12 * rate)
+    memory = variant.cost.bytes / (1e9 * card.bandwidth)
+    return max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A compiled variant, read."""
+
+    variant: Variant
+    artefact: Artefact
+    listing: sass.Listing
+    occupancy: Occupancy
+    faults: list[str]
+
+    @property
+    def per_element(self) -> dict[str, float]:
+        """Thread instructions of the inner loop per element, by class."""
+        threads = 32 * self.variant.num_warps
+        return {k: n * threads / self.variant.elements for k, n in self.listing.mix.items()}
+
+    @property
+    def matrix_instructions(self) -> str:
+        """Which matrix instructions are in it, in words."""
+        counts = {"wgmma": self.artefact.wgmma, "mma": self.artefact.mma,
+                  "tcgen05": self.artefact.tcgen05}  # fmt: skip
+        return ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
+
+    def rooflines(self) -> list[tuple[Card, float, str]]:
+        """Least times of the example on the cards of this architecture."""
+        return [
+            (c, *roofline_seconds(self.variant, c)) for c in CARDS if c.arch == self.variant.arch
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON and for comparing."""
+        a, v = self.artefact, self.variant
+        return {
+            "name": v.name,
+            "tile": asdict(v.tile),
+            "registers": a.registers,
+            "stack": a.stack,
+            "spill_stores": a.spill_stores,
+            "spill_loads": a.spill_loads,
+            "shared": a.shared,
+            "wgmma": a.wgmma,
+            "mma": a.mma,
+            "tcgen05": a.tcgen05,
+            "programs_per_sm": self.occupancy.programs,
+            "warps_per_sm": self.occupancy.warps,
+            "occupancy": round(self.occupancy.share, 4),
+            "limited_by": self.occupancy.limit,
+            "instructions": self.listing.total,
+            "loop": self.listing.loop,
+            "per_element": {k: round(n, 3) for k, n in self.per_element.items()},
+            "instructions_per_element": round(sum(self.per_element.values()), 3),
+            "memory_access": self.listing.widths,
+            "intensity": round(v.cost.intensity, 2),
+            "warnings": list(a.warnings),
+            "faults": self.faults,
+        }
+
+
+def inspect_variant(variant: Variant) -> Inspection:
+    """Compile and read a variant.
+
+    Raises:
+        Whatever Triton raises for a kernel that does not compile.
+    """
+    artefact = compile_variant(variant)
+    return Inspection(
+        variant=variant,
+        artefact=artefact,
+        listing=sass.read(artefact.sass),
+        occupancy=occupancy(
+            variant.arch,
+            registers=artefact.registers,
+            shared=artefact.shared,
+            num_warps=variant.num_warps,
+        ),
+        faults=faults(variant, artefact),
+    )

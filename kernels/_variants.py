@@ -1,0 +1,283 @@
+"""Everything that can be launched: each kernel with what the compiler specialises it on.
+
+`KERNELS` is the one list of kernels. An entry says what a kernel computes, which op launches it,
+and enumerates its `Variant`s for an architecture: all tiles that the tables can choose, or a tile
+that is given. The compile test, ``fastbert kernels`` and the tuner see what is listed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import _cost, attention, embedding, layernorm, linear, softmax
+from ._common import ACTIVATIONS
+from ._cost import Cost
+from ._tiles import (
+    AttentionTile,
+    GemmTile,
+    RowTile,
+    attention_tiles,
+    bias_activation_tile,
+    gemm_tile,
+    layernorm_tile,
+    softmax_tile,
+)
+
+__all__ = ["KERNELS", "Kernel", "Variant", "variants"]
+
+Tile = AttentionTile | GemmTile | RowTile
+_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything the compiler specialises on. Pointers are 16-byte aligned.
+
+    Attributes:
+        has_dot: a product of 16-bit values is in it, which has to reach the matrix units.
+        elements: values of ``element`` that one program handles in a step of its inner loop, or in
+            all if it has no loop.
+        example, cost: a typical problem in words, and its least work.
+    """
+
+    name: str
+    kernel: object
+    arch: int
+    dtype: torch.dtype
+    signature: dict[str, str]
+    constants: dict[str, object]
+    tile: Tile
+    has_dot: bool
+    elements: int
+    element: str
+    example: str
+    cost: Cost
+
+    @property
+    def num_warps(self) -> int:
+        return self.tile.num_warps
+
+    @property
+    def num_stages(self) -> int:
+        return getattr(self.tile, "num_stages", 3)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for people and tools: what it is, where it is, and its variants."""
+
+    computes: str
+    module: object
+    op: str
+    tile: type
+    enumerate: Callable[[int, torch.dtype, dict[str, int]], Iterator[Variant]]
+
+
+def _signature(kernel, pointers: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
+    """Types of all arguments: given for pointers, fp32 for scalars of the mathematics, else i32."""
+    scalars = {"scale": "fp32", "scale_log2": "fp32", "eps": "fp32"}
+    return {
+        name: pointers.get(name) or scalars.get(name, "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }
+
+
+def _variant(
+    kernel, label, arch, dtype, pointers, none, constants, tile, elements, example, *, has_dot=False
+):  # fmt: skip
+    constants = {**dict.fromkeys(none), **constants}
+    value = f"*{_TYPE[dtype]}"
+    pointers = {name: kind or value for name, kind in pointers.items()}
+    return Variant(
+        name=f"{kernel.__name__.strip('_')} sm_{arch} {_TYPE[dtype]} {label}",
+        kernel=kernel,
+        arch=arch,
+        dtype=dtype,
+        signature=_signature(kernel, pointers, constants),
+        constants=constants,
+        tile=tile,
+        has_dot=has_dot and dtype.itemsize == 2,
+        elements=elements[0],
+        element=elements[1],
+        example=example[0],
+        cost=example[1],
+    )
+
+
+def _changed(tiles: list[Tile], fields: dict[str, int]) -> list[Tile]:
+    """The tiles of the tables, or what remains of them with some fields set."""
+    return list(dict.fromkeys(dataclasses.replace(tile, **fields) for tile in tiles))
+
+
+def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    maps = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "tile_map_ptr")
+    masks = ("key_mask_ptr", "bias_ptr")
+    tensors = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"))
+    tensors["lse_ptr"] = "*fp32"
+    with_bias = ({"key_mask_ptr": "*i1", "bias_ptr": None}, maps)
+    forms = {  # what is there besides q, k and v, for which head sizes, what else is constant
+        "packed": (dict.fromkeys(maps, "*i32"), masks, (16, 32, 64, 80, 96, 128), {}),
+        "padded, mask": ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr"), (32, 64, 128), {}),
+        # The compiler takes a stride of 1 as a constant.
+        "padded, mask and bias": (*with_bias, (16, 32, 64, 128), {"stride_bias_k": 1}),
+        "padded, mask and bias per query": (*with_bias, (16, 32, 64, 128), {}),
+    }
+    if dtype == torch.float32:
+        packed = forms["packed"][:2]
+        forms["packed, tf32"] = (*packed, (32, 64, 128), {"INPUT_PRECISION": "tf32"})
+    for form, (extra, none, head_dims, also) in forms.items():
+        for head_dim in head_dims:
+            tiles = attention_tiles(arch, dtype, head_dim, "bias_ptr" in extra)
+            for tile in _changed(tiles, fields):
+                constants = {
+                    "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                    "BLOCK_D": tile.block_d, "SINGLE": tile.single,
+                    "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee", **also,
+                }  # fmt: skip
+                step = "single" if tile.single else "online"
+                label = f"D{head_dim} {tile.block_m}x{tile.block_n} {step} {form}"
+                length = min(tile.block_n, 128) if tile.single else 512
+                cost = _cost.attention_cost([length] * 64, 12, head_dim, dtype.itemsize)
+                yield _variant(
+                    attention._attention_fwd_kernel, label, arch, dtype, {**tensors, **extra},
+                    none, constants, tile, (tile.block_m * tile.block_n, "score"),
+                    (f"64 sequences of {length}, 12 heads", cost), has_dot=True,
+                )  # fmt: skip
+
+
+_ROWS = 32768
+_WIDTHS = (32, 384, 768, 1024, 4096, 8192)
+
+
+def _layernorm(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    rows = ("y_ptr", "x_ptr", "residual_ptr", "input_bias_ptr", "weight_ptr", "bias_ptr")
+    tensors = {**dict.fromkeys(rows), "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    for width in _WIDTHS:
+        for tile in _changed([layernorm_tile(width, arch)], fields):
+            constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            for none in ((), ("residual_ptr", "input_bias_ptr")):
+                cost = _cost.layernorm_cost(_ROWS, width, dtype.itemsize, residual=not none)
+                yield _variant(
+                    layernorm._layernorm_fwd_kernel,
+                    f"N{width} {'plain' if none else 'residual and bias'}", arch, dtype, tensors,
+                    none, constants, tile, (tile.rows * tile.block_n, "value"),
+                    (f"{_ROWS} rows of {width}", cost),
+                )  # fmt: skip
+
+
+def _embedding(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    rows = ("y_ptr", "word_ptr", "position_ptr", "token_type_ptr", "weight_ptr", "bias_ptr")
+    ids = ("token_ids_ptr", "position_ids_ptr", "token_type_ids_ptr")
+    tensors = {**dict.fromkeys(rows), **dict.fromkeys(ids, "*i64")}
+    tensors |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    for width in _WIDTHS:
+        for tile in _changed([layernorm_tile(width, arch)], fields):
+            constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            yield _variant(
+                embedding._embedding_fwd_kernel, f"N{width}", arch, dtype, tensors, (), constants,
+                tile, (tile.rows * tile.block_n, "value"),
+                (f"{_ROWS} tokens", _cost.embedding_cost(_ROWS, width, dtype.itemsize)),
+            )  # fmt: skip
+
+
+def _softmax(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    tensors = dict.fromkeys(("y_ptr", "x_ptr"))
+    for width in (16, 128, 512, 8192):
+        for tile in _changed([softmax_tile(width, arch)], fields):
+            constants = {"ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            for kind, is_bool in ((None, False), ("*i1", True)):
+                yield _variant(
+                    softmax._softmax_fwd_kernel,
+                    f"N{width} {'bool' if is_bool else 'additive'} mask", arch, dtype,
+                    {**tensors, "mask_ptr": kind}, (), {**constants, "IS_BOOL": is_bool}, tile,
+                    (tile.rows * tile.block_n, "value"),
+                    (f"{_ROWS} rows of {width}",
+                     _cost.softmax_cost(_ROWS, width, dtype.itemsize)),
+                )  # fmt: skip
+
+
+def _linear(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    products = [(activation, 4096, "ieee") for activation in ACTIVATIONS] + [("gelu", 64, "ieee")]
+    if dtype == torch.float32:
+        products.append(("gelu", 4096, "tf32"))
+    tensors = dict.fromkeys(("y_ptr", "x_ptr", "w_ptr", "bias_ptr"))
+    for activation, m, precision in products:
+        for tile in _changed([gemm_tile(m=m, dtype=dtype, arch=arch)], fields):
+            constants = {
+                "ACTIVATION": activation, "SHORT_ERF": dtype.itemsize == 2, "N": 3072, "K": 768,
+                "INPUT_PRECISION": precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+            }  # fmt: skip
+            label = f"{activation} {tile.block_m}x{tile.block_n}x{tile.block_k} {precision}"
+            yield _variant(
+                linear._linear_fwd_kernel, label, arch, dtype, tensors, (), constants, tile,
+                (tile.block_m * tile.block_n * tile.block_k, "multiply-add"),
+                (f"[{m}, 768] x [768, 3072]", _cost.linear_cost(m, 3072, 768, dtype.itemsize)),
+                has_dot=True,
+            )  # fmt: skip
+
+
+def _bias_activation(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    tensors = dict.fromkeys(("x_ptr", "bias_ptr"))
+    for activation in ACTIVATIONS:
+        for tile in _changed([bias_activation_tile(3072, arch)], fields):
+            constants = {
+                "ACTIVATION": activation, "SHORT_ERF": dtype.itemsize == 2, "N": 3072,
+                "ROWS": tile.rows, "BLOCK_N": tile.block_n,
+            }  # fmt: skip
+            yield _variant(
+                linear._bias_activation_fwd_kernel, activation, arch, dtype, tensors, (),
+                constants, tile, (tile.rows * tile.block_n, "value"),
+                (f"{_ROWS} rows of 3072", _cost.softmax_cost(_ROWS, 3072, dtype.itemsize)),
+            )  # fmt: skip
+
+
+KERNELS = {
+    "attention": Kernel(
+        "softmax(q k^T * scale + bias) v", attention, "attention_varlen, attention",
+        AttentionTile, _attention,
+    ),
+    "softmax": Kernel("softmax(x * scale + mask) by row", softmax, "softmax", RowTile, _softmax),
+    "layernorm": Kernel(
+        "norm(x + residual + bias)", layernorm, "layer_norm", RowTile, _layernorm
+    ),
+    "embedding": Kernel(
+        "norm(word + position + token type)", embedding, "embed", RowTile, _embedding
+    ),
+    "linear": Kernel("act(x w^T + bias), one kernel", linear, "linear", GemmTile, _linear),
+    "bias_activation": Kernel(
+        "act(x + bias) in place, behind a library product", linear, "linear, activate", RowTile,
+        _bias_activation,
+    ),
+}  # fmt: skip
+
+
+def variants(
+    kernel: str,
+    arch: int,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
+    tile: dict[str, int] | None = None,
+) -> Iterator[Variant]:
+    """Everything that a kernel of `KERNELS` can launch on an architecture for BERT's sizes.
+
+    Args:
+        dtypes: bf16 stands for both 16-bit types: they differ in one bit of the instructions.
+        tile: fields of the tile to set, others stay as the tables have them.
+
+    Raises:
+        ValueError: an unknown kernel, or a field that its tile does not have.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    known = [f.name for f in dataclasses.fields(KERNELS[kernel].tile)]
+    for name in tile or ():
+        if name not in known:
+            raise ValueError(f"tile: {kernel} has {', '.join(known)}; got {name!r}")
+    for dtype in dtypes:
+        yield from KERNELS[kernel].enumerate(arch, dtype, tile or {})

@@ -1,0 +1,424 @@
+"""The workbench reads what the compiler made, finds kernels that are wrong, and says what it is."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import FakeClock
+
+pytest.importorskip("triton")
+from fastbert.kernels._cards import CARDS, LIMITS, card_named
+
+from fastbert.workbench import fuzz, sass
+from fastbert.workbench.profile import summarise
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "from fastbert.cli import main; main()"
+
+
+def fastbert(*args: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, "kernels", *args],
+        cwd=cwd, env={**environment, "COLUMNS": "200"}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+# ---- a kernel whose use of the machine is known ----
+
+KNOWN = '''
+"""A copy of one 16-byte vector per thread; with a loop whose body is written down."""
+import dataclasses, json, sys, types
+import torch, triton, triton.language as tl
+from fastbert.kernels._compile import compile_variant
+from fastbert.kernels._cost import Cost
+from fastbert.kernels._tiles import RowTile
+from fastbert.kernels._variants import Variant
+from fastbert.workbench.inspection import inspect_variant
+
+@triton.jit
+def copy(y_ptr, x_ptr, N: tl.constexpr):
+    offs = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+@triton.jit
+def polynomial(y_ptr, x_ptr, steps, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(x_ptr + offs)
+    y = x
+    for _ in range(steps):
+        for i in tl.static_range(100):  # long enough not to be unrolled
+            y = tl.fma(y, x, i + 0.5)
+    tl.store(y_ptr + offs, y)
+
+@triton.jit
+def hoard(y_ptr, x_ptr, N: tl.constexpr):
+    """Needs 512 values of one thread at a time: more than it has registers."""
+    offs = tl.arange(0, N)
+    x = tl.load(x_ptr + offs)
+    total = tl.sum(x, 0)
+    tl.store(y_ptr + offs, x * total)
+
+def variant(kernel, signature, constants, warps, elements):
+    return Variant("known", kernel, 80, torch.float32, signature, constants,
+                   RowTile(1, constants["N"], warps), False, elements, "value", "", Cost(0.0, 1.0))
+
+pointers = {"y_ptr": "*fp32", "x_ptr": "*fp32"}
+out = [
+    inspect_variant(variant(copy, pointers, {"N": 512}, 4, 512)).facts(),
+    inspect_variant(variant(polynomial, {**pointers, "steps": "i32"}, {"N": 32}, 1, 32)).facts(),
+    inspect_variant(variant(hoard, pointers, {"N": 16384}, 1, 16384)).facts(),
+]
+print(json.dumps(out))
+'''
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    path = tmp_path_factory.mktemp("known") / "known.py"
+    path.write_text(KNOWN)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_copy_has_one_wide_load_and_one_wide_store_per_thread(known):
+    copy = known[0]
+    assert copy["memory_access"] == {"load 128": 1, "store 128": 1}
+    assert copy["stack"] == copy["spill_stores"] == copy["spill_loads"] == copy["shared"] == 0
+    assert copy["loop"] == 0 and 8 <= copy["registers"] <= 24 and copy["warnings"] == []
+    assert copy["wgmma"] == copy["mma"] == 0
+    # 4 warps of few registers: 16 programs fill the 64 warps of sm_80, not the 32 programs
+    assert (copy["programs_per_sm"], copy["occupancy"], copy["limited_by"]) == (16, 1.0, "warps")
+
+
+@pytest.mark.slow
+def test_a_loop_of_a_hundred_multiply_adds_is_counted_as_a_hundred(known):
+    loop = known[1]
+    assert loop["per_element"]["float"] == 100.0, "one warp, 32 values: one instruction per value"
+    assert loop["per_element"]["branch"] == 1.0
+    assert 101 <= loop["loop"] <= 110
+    assert loop["memory_access"] == {"load 32": 1, "store 32": 1}
+
+
+@pytest.mark.slow
+def test_a_kernel_with_too_many_values_is_seen_to_spill(known):
+    hoard = known[2]
+    assert hoard["registers"] >= 64 and hoard["stack"] >= 4 * (512 - 255)
+    assert hoard["spill_stores"] > 0 and hoard["spill_loads"] > 0
+    assert any("bytes of stack" in fault for fault in hoard["faults"])
+
+
+# ---- reading ----
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, [R2.64] ;
+.L_x_1:
+        /*0020*/                   FFMA R3, R3, R4, R5 ;
+.L_x_0:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/                   MUFU.EX2 R3, R3 ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R6], [R8.64] ;
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/                   STG.E.U16 [R2.64], R3 ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+        /*00b0*/                   NOP;
+"""
+
+
+def test_the_inner_loop_is_the_innermost_one_with_matrix_instructions():
+    found = sass.read(LISTING)
+    assert found.total == 11 and found.loop == 3
+    assert found.mix == {"matrix": 1, "special": 1, "branch": 1}
+    assert found.widths == {"async copy 128": 1, "load 128": 1, "store 16": 1}
+    assert found.opcodes["BRA"] == 3
+    with pytest.raises(ValueError, match="expected the output of nvdisasm"):
+        sass.read("nothing of the kind")
+
+
+def test_occupancy_follows_the_scarcest_resource():
+    from fastbert.workbench.inspection import occupancy
+
+    def of(arch, registers, shared, warps):
+        found = occupancy(arch, registers=registers, shared=shared, num_warps=warps)
+        return found.programs, found.limit
+
+    # figures of NVIDIA's occupancy calculator
+    assert of(80, 32, 0, 4) == (16, "registers") or of(80, 32, 0, 4) == (16, "warps")
+    assert of(80, 128, 0, 4) == (4, "registers")
+    assert of(80, 255, 0, 8) == (1, "registers")
+    assert of(80, 32, 40 * 1024, 4) == (4, "shared memory")
+    assert of(90, 168, 100 * 1024, 8) == (1, "registers")
+    assert of(86, 32, 0, 1) == (16, "programs")
+    assert of(89, 32, 0, 1) == (24, "programs")
+    assert of(86, 32, 100 * 1024, 4) == (0, "shared memory"), "more than one program may have"
+
+
+def test_cards_are_found_by_the_names_that_drivers_give():
+    for device, card in (
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80GB"),
+        ("NVIDIA B200", "B200"),
+    ):
+        assert card_named(device) is not None and card_named(device).name == card, device
+    assert card_named("AMD EPYC") is None
+    assert {card.arch for card in CARDS} == set(LIMITS)
+
+
+# ---- fuzzing ----
+
+
+@pytest.mark.parametrize("kernel", list(fuzz.FUZZERS))
+def test_random_cases_pass(kernel, device):
+    found = fuzz.check(kernel, seconds=1.5, device=device, seed=3)
+    assert isinstance(found, int) and found >= 1, found
+
+
+def test_every_kernel_has_a_fuzzer():
+    from fastbert.kernels._variants import KERNELS
+
+    assert set(fuzz.FUZZERS) == set(KERNELS)
+
+
+def test_a_wrong_kernel_is_found_and_its_case_made_small(monkeypatch, device):
+    """Wrong only for rows wider than 20 with an odd number of rows: as bugs at edges are."""
+    right = fuzz.ops.softmax
+
+    def wrong(x, **options):
+        y = right(x, **options)
+        return y * 1.05 if x.shape[-1] > 20 and x.shape[0] % 2 else y
+
+    monkeypatch.setattr(fuzz.ops, "softmax", wrong)
+    found = fuzz.check("softmax", seconds=20, device=device, seed=0)
+    assert isinstance(found, fuzz.Failure) and "over the budget" in found.error
+    assert found.case["width"] == 21 and found.case["rows"] == 1, found.case
+    assert found.case["strided"] is False and found.case["magnitude"] == 1
+    with pytest.raises(AssertionError, match="over the budget"):
+        fuzz.run_case("softmax", json.loads(json.dumps(found.case)), device)
+    monkeypatch.undo()
+    fuzz.run_case("softmax", found.case, device)
+
+
+# ---- tuning ----
+
+
+@pytest.mark.slow
+def test_candidates_are_screened_and_ranked_without_a_gpu(monkeypatch):
+    import dataclasses
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the processes that compile
+
+    from fastbert.workbench import tune
+
+    problem = next(p for p in tune.problems("attention") if p.slot == "attention D64 16 bit long")
+    good, bad = (
+        {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3},
+        {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 4},
+    )
+    assert good in problem.grid and bad in problem.grid
+    problem = dataclasses.replace(problem, grid=(bad, good))
+    kept, dropped = tune.screen_candidates(problem, 90, workers=1)
+    assert [c.fields for c in kept] == [good] and sum(dropped.values()) == 1, dropped
+    assert kept[0].seconds is None and kept[0].static_cost >= 5
+
+
+def test_the_fastest_candidate_is_written_if_it_is_worth_it(tmp_path, monkeypatch):
+    """The clock is a fake and the machine the CPU: what is tested is choosing and writing."""
+    from fastbert.kernels import _tiles
+
+    from fastbert.workbench import tune
+
+    problem = next(tune.problems("softmax"))
+    monkeypatch.setattr(_tiles, "_tuned", {})
+    facts = {"warps_per_sm": 16, "instructions_per_element": 10.0}
+    candidates = [tune.Candidate({"rows": r, "num_warps": 4}, facts) for r in (1, 2, 4)]
+
+    def seconds(run):  # two rows are fastest
+        rows = _tiles.softmax_tile(128, 90).rows
+        return {1: 3e-3, 2: 1e-3, 4: 2e-3}.get(rows, 4e-3)
+
+    import dataclasses
+
+    from fastbert.benchmarks.kernel_workloads import kernel
+
+    problem = dataclasses.replace(problem, workload=kernel("softmax", M=8, N=128))
+    before, timed = tune.time_candidates(problem, candidates, 90, FakeClock(seconds), "cpu")
+    assert before == 4e-3 and [c.fields["rows"] for c in timed] == [2, 4, 1]
+    path = tmp_path / "tuned.json"
+    assert not tune.write_tuned(path, 90, problem.slot, 1.01e-3, timed[0]) and not path.exists()
+    assert tune.write_tuned(path, 90, problem.slot, before, timed[0])
+    assert tune.write_tuned(path, 80, problem.slot, before, timed[1])
+    table = json.loads(path.read_text())
+    assert table["sm_90"] == {"softmax 128": {"num_warps": 4, "rows": 2}} and "sm_80" in table
+    assert not tune.write_tuned(path, 90, "other", 1.0, candidates[0]), "it was never timed"
+
+
+@pytest.mark.parametrize("kernel", ["attention", "layernorm", "softmax", "linear"])
+def test_every_slot_that_is_tuned_is_one_that_the_tables_ask_for(kernel):
+    """A tuned tile under a name that nobody looks up would change nothing."""
+    from fastbert.kernels import _tiles
+    from fastbert.kernels._variants import variants
+
+    from fastbert.workbench import tune
+
+    for problem in tune.problems(kernel):
+        before = {v.tile for v in variants(kernel, 90, dtypes=(torch.bfloat16,))}
+        with _tiles.tuned(90, problem.slot, {"num_warps": 32}):
+            after = {v.tile for v in variants(kernel, 90, dtypes=(torch.bfloat16,))}
+        assert before != after, problem.slot
+        fields = problem.grid[0]
+        names = [v.name for v in variants(kernel, 90, dtypes=(torch.bfloat16,), tile=fields)]
+        assert any(problem.label.format(**fields) in name for name in names), problem.slot
+
+
+# ---- profiling ----
+
+
+def test_a_profile_adds_up_launches_and_finds_gaps():
+    found = summarise(
+        [("b", 3.0, 1.0), ("a", 0.0, 1.0), ("a", 1.5, 1.0), ("side", 3.2, 0.4)], least=1.0
+    )
+    assert [(k.name, k.launches, k.seconds) for k in found.kernels] == [
+        ("a", 2, 2.0), ("b", 1, 1.0), ("side", 1, 0.4),
+    ]  # fmt: skip
+    assert found.span == 4.0 and found.busy == 3.0 and found.largest_gap == 0.5
+    assert found.idle_share == 0.25 and found.roofline_share == 0.25
+    with pytest.raises(ValueError, match="the trace has none"):
+        summarise([])
+
+
+# ---- the command ----
+
+
+@pytest.mark.slow
+def test_inspect_shows_prints_and_writes(tmp_path):
+    page = tmp_path / "page.html"
+    args = ("inspect", "attention", "--variant", "D64 online packed")
+    shown = fastbert(*args, "--html", str(page))
+    assert shown.returncode == 0, shown.stderr
+    for words in ("wgmma", "registers", "allow no more", "per score", "least on H200", "faults"):
+        assert words in shown.stdout
+    text = page.read_text()
+    assert text.count("<svg") == 3 and "Occupancy" in text and "Nothing here was timed" in text
+    assert not re.search(r'(src|href)="http', text)
+    row = json.loads(fastbert(*args, "--json").stdout)
+    assert row["wgmma"] > 0 and row["registers"] > 32 and row["faults"] == []
+    assert ".version" in fastbert(*args, "--ptx").stdout
+    assert "HGMMA" in fastbert(*args, "--sass").stdout
+    assert "ttg.local_alloc" in fastbert(*args, "--ttgir").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, matrix", [("sm_86", "mma"), ("sm_100", "tcgen05")])
+def test_inspect_knows_architectures_that_have_no_tables_of_their_own(arch, matrix):
+    done = fastbert("inspect", "linear", "--arch", arch, "--variant", "relu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[matrix] > 0
+
+
+@pytest.mark.slow
+def test_diff_shows_what_a_tile_and_a_commit_change(tmp_path):
+    variant = ("--variant", "N768 plain")
+    done = fastbert("diff", "layernorm", *variant, "--tile", "num_warps=8")
+    assert done.returncode == 0, done.stderr
+    assert "tile: num_warps" in done.stdout and "registers" in done.stdout
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    for path in subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split():  # fmt: skip
+        if (ROOT / path).is_file():
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path).write_bytes((ROOT / path).read_bytes())
+    git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    source = (copy / "kernels/layernorm.py").read_text()
+    (copy / "kernels/layernorm.py").write_text(
+        source.replace("    tl.store(y_ptrs, y", "    y = tl.sin(y)\n    tl.store(y_ptrs, y")
+    )
+    subprocess.run([*git, "commit", "-qam", "two"], check=True)
+    done = fastbert(
+        "diff", "layernorm", *variant, "--commits", "HEAD~1", "HEAD", cwd=copy, PYTHONPATH=str(copy)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "instructions" in done.stdout and "per element" in done.stdout
+    bad = fastbert("diff", "layernorm", "--commits", "nonsense", "HEAD")
+    assert bad.returncode == 3 and "nonsense" in bad.stderr
+
+
+@pytest.mark.slow
+def test_check_runs_interpreted_and_runs_one_case_again():
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted here")
+    done = fastbert("check", "softmax", "--seconds", "1")
+    assert done.returncode == 0 and "on the CPU, interpreted" in done.stdout, done.stderr
+    case = {"rows": 2, "width": 5, "dtype": "bf16", "magnitude": 1, "strided": True,
+            "mask": "bool", "seed": 1}  # fmt: skip
+    done = fastbert("check", "softmax", "--case", json.dumps(case))
+    assert done.returncode == 0 and "this case passes" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("inspect", "nothing"), "expected one of attention"),
+        (("inspect", "softmax", "--arch", "sm_70"), "expected one of sm_80"),
+        (("inspect", "softmax", "--variant", "N999"), "no name contains"),
+        (("inspect", "softmax", "--tile", "rows"), "expected field=number"),
+        (("inspect", "softmax", "--tile", "block_q=3"), "softmax has rows"),
+        (("inspect", "softmax", "--ptx"), "needs one variant"),
+        (("inspect", "softmax", "--dtype", "int8"), "expected one of bf16"),
+        (("diff", "softmax"), "expected --tile once or twice"),
+        (("check", "nothing"), "expected one of attention"),
+        (("check", "softmax", "--case", "{"), "expected JSON"),
+        (("tune", "embedding"), "expected attention"),
+        (("tune", "softmax", "--slot", "D64"), "no slot of softmax"),
+    ],
+)
+def test_bad_arguments_get_an_answer(args, words):
+    done = fastbert(*args)
+    text = " ".join(re.sub(r"[^\x20-\x7e]", " ", done.stderr).split())
+    assert done.returncode == 2 and words in text, text
+
+
+def test_what_needs_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = fastbert("profile")
+    assert done.returncode == 1 and "profile needs a GPU" in done.stderr
+    done = fastbert("inspect", "softmax", TRITON_INTERPRET="1")
+    assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.slow
+def test_tune_without_a_gpu_ranks_and_says_that_it_is_only_that(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("here it would time")
+    out = tmp_path / "tuned.json"
+    done = fastbert("tune", "softmax", "--slot", "softmax 128", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was timed, nothing is written" in done.stdout
+    assert "time (not measured)" in done.stdout and not out.exists()
