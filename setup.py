@@ -53,7 +53,11 @@ setup(
         "fastbert.workbench",
     ],
     package_dir={"fastbert.benchmarks": "benchmarks", "fastbert.kernels": "kernels"},
-    package_data={"fastbert.demo": ["*.jsonl"], "fastbert": ["py.typed"]},
+    package_data={
+        "fastbert": ["py.typed"],
+        "fastbert.demo": ["*.jsonl"],
+        "fastbert.kernels": ["*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

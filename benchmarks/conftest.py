@@ -86,7 +86,7 @@ class _Session:
         self.chosen: dict[str, list[str]] = {}
         for item in items:
             params = getattr(item, "callspec", None) and item.callspec.params
-            if params and "workload" in params:
+            if params and {"workload", "provider"} <= set(params):
                 self.chosen.setdefault(params["workload"].id, []).append(params["provider"])
         self.results = None
         self._entries: dict[tuple[str, str], Measurement | NotMeasured] = {}
@@ -101,7 +101,7 @@ class _Session:
                     workload,
                     self.clock,
                     self.device,
-                    providers=self.chosen[workload.id],
+                    providers=self.chosen.get(workload.id, [provider]),
                     seconds=self.seconds,
                 )
             for entry in entries:

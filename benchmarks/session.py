@@ -82,5 +82,5 @@ def run_suite(
     finally:
         results.settings["took_seconds"] = round(time.monotonic() - begin, 1)
         results.save(path)
-        write_reports(results, folder)
+        write_reports(Results.load(path), folder)  # they show what the file holds
     return results

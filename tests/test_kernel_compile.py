@@ -18,8 +18,15 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 89, 90)
-KERNELS = ("attention", "softmax", "layernorm", "embedding", "linear", "bias_activation")
 COMMAND = "from fastbert.cli import main; main()"
+
+
+def kernel_names() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastbert.kernels._variants import KERNELS
+
+    return list(KERNELS)
 
 
 def run_without_interpreter(*args: str, **variables: str) -> subprocess.CompletedProcess:
@@ -30,7 +37,7 @@ def run_without_interpreter(*args: str, **variables: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", kernel_names())
 def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernel, arch):
     """No stack, no serialised wgmma, shared memory within limits, matrix units for products."""
     result = run_without_interpreter(
@@ -43,11 +50,6 @@ def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernel, 
     for row in rows:
         assert row["registers"] > 0 and row["programs_per_sm"] > 0, row["name"]
         assert row["spill_stores"] == row["spill_loads"] == 0, row["name"]
-
-
-def test_every_kernel_is_screened():
-    variants = pytest.importorskip("fastbert.kernels._variants", exc_type=ImportError)
-    assert set(variants.KERNELS) == set(KERNELS)
 
 
 PROBE = """
