@@ -488,7 +488,9 @@ def _plots(results: Results, style: _Style) -> list[str]:
     )  # fmt: skip
     parts = []
     for title, svg, caption in made:
-        if svg is not None:
+        if svg is None and title == "Memory":
+            parts.append(f'<h2>{title}</h2><p class="soft">Not measured: it needs a GPU.</p>')
+        elif svg is not None:
             caption = f"<figcaption>{caption}</figcaption>" if caption else ""
             parts.append(f"<h2>{title}</h2>\n<figure>{svg}{caption}</figure>")
     return parts

@@ -35,7 +35,9 @@ _REPORTS = 15.0  # seconds kept for writing the reports
 
 def run_tests(folder: Path, seconds: float) -> str:
     """Run the correctness tests; their output goes to ``tests.txt``, a verdict comes back."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    # Other versions than the pinned ones may warn of other things; that is not the question here.
+    options = ("-q", "-x", "--no-header", "-W", "default", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *options]
     with (folder / "tests.txt").open("w") as log:
         try:
             done = subprocess.run(
