@@ -84,6 +84,7 @@ def _on_cpu() -> list[Workload]:
         for lengths in ("squad", "short"):
             found.append(inference(model, 32, 128, lengths=lengths, **breadth))
     found.append(inference("minilm", 32, 128, suites=("models",), providers=_NO_COMPILE))
+    found.append(inference("large", 1, 128, suites=("models",), providers=_NO_COMPILE, priority=6))
     found.append(
         training_step("minilm", 8, 128, lengths="uniform", suites=("targets", "models"), priority=2)
     )

@@ -144,6 +144,7 @@ def bench(benchmark, _bench_session):
             tokens_per_second=entry.tokens_per_second,
             tflops=entry.tflops,
             gbs=entry.gbs,
+            share_of_limit=_bench_session.results.share_of_limit(entry),
             peak_memory=entry.peak_memory,
             median_wall=sorted(entry.wall)[len(entry.wall) // 2],
             speedup=entry.speedup_over(reference) if isinstance(reference, Measurement) else None,

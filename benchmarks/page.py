@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-__all__ = ["PAGE_CSS", "document", "figure_of_panels", "figure_of_rows", "svg_of", "table_of"]
+__all__ = [
+    "document",
+    "figure_of_panels",
+    "figure_of_rows",
+    "legend",
+    "styled",
+    "svg_of",
+    "table_of",
+]
 
-PAGE_CSS = """
+_CSS = """
 :root { --ink:#1c2027; --soft:#5d6570; --line:#e2e5ea; --blue:#1f5fd0; --back:#f6f7f9; }
 * { box-sizing:border-box }
 body { margin:0; background:var(--back); color:var(--ink);
@@ -46,37 +56,47 @@ def document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{PAGE_CSS}</style></head>\n"
+        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
+_FIGURE_STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8ec",
+    "axes.edgecolor": "#9aa0a8",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastbert",
+}
+
+
+def styled(plot: Callable) -> Callable:
+    """Run a function that draws with the style of these pages; that of the process stays."""
+
+    @functools.wraps(plot)
+    def run(*args, **kwargs):
+        import matplotlib
+
+        with matplotlib.rc_context(_FIGURE_STYLE):
+            return plot(*args, **kwargs)
+
+    return run
+
+
 def figure_of_panels(columns: int = 1, *, width: float = 4.9, height: float = 3.6):
     """A matplotlib figure with axes side by side; sizes are inches, the width of one."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.family": ["DejaVu Sans"],
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e6e8ec",
-            "axes.edgecolor": "#9aa0a8",
-            "axes.titleweight": "bold",
-            "axes.titlesize": 10,
-            "legend.frameon": False,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "fastbert",
-        }
-    )
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
-    return figure, list(axes[0])
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def figure_of_rows(rows: int):
@@ -85,14 +105,21 @@ def figure_of_rows(rows: int):
     return figure, axis
 
 
+def legend(figure) -> None:
+    """Each label once, above the panels, where it covers nothing."""
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 1.8)))
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=8, loc="outside upper center", ncols=columns
+    )
+
+
 def svg_of(figure) -> str:
     """The figure as an SVG element; the same figure gives the same text."""
-    from matplotlib import pyplot as plt
-
     buffer = io.StringIO()
-    figure.tight_layout()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

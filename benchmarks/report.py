@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .model_workloads import BASELINE
-from .page import document, figure_of_panels, figure_of_rows, svg_of, table_of
+from .page import (
+    document,
+    figure_of_panels,
+    figure_of_rows,
+    legend,
+    styled,
+    svg_of,
+    table_of,
+)
 from .results import Measurement, Results, quantiles
 from .shapes import draw_lengths, fill_of
 from .targets import Judged, judge
@@ -73,7 +81,9 @@ def target_rows(judged: Iterable[Judged]) -> list[tuple[str, ...]]:
             _value(j, j.value),
             _value(j, j.target.mark),
             _value(j, j.target.goal),
-            _STATUS_TEXT[j.status],
+            "goal not reached"
+            if j.status == "between" and j.target.mark is None
+            else _STATUS_TEXT[j.status],
         )
         for j in judged
     ]
@@ -89,17 +99,18 @@ def _value(judged: Judged, value: float | None) -> str:
 TARGET_HEADER = ("workload", "figure", "measured", "mark", "goal", "result")
 MEASURED_HEADER = (
     "provider", "median", "20 to 80 %", "against reference", "real tokens/s", "TFLOP/s", "GB/s",
-    "peak memory", "error / allowed",
+    "of the limit here", "peak memory", "error / allowed",
 )  # fmt: skip
 
 
-def measured_rows(group: list[Measurement]) -> list[tuple[str, ...]]:
+def measured_rows(results: Results, group: list[Measurement]) -> list[tuple[str, ...]]:
     """One line per provider of a workload, the fastest first."""
     reference = next((m for m in group if m.provider == m.reference), None)
     rows = []
     for m in sorted(group, key=lambda m: m.seconds):
         p20, median, p80 = quantiles(m.times)
         ratio = None if reference is None else m.speedup_over(reference)
+        share = results.share_of_limit(m)
         rows.append(
             (
                 m.provider,
@@ -109,6 +120,7 @@ def measured_rows(group: list[Measurement]) -> list[tuple[str, ...]]:
                 f"{m.tokens_per_second:,.0f}",
                 "-" if not m.tflops else f"{m.tflops:.3g}",
                 "-" if m.gbs is None or m.level == "model" else f"{m.gbs:.3g}",
+                "-" if share is None else f"{100 * share:.0f} %",
                 "-" if m.peak_memory is None else f"{m.peak_memory / 2**20:,.0f} MiB",
                 f"{m.check.error:.1e} / {m.check.budget:.1e}",
             )
@@ -163,7 +175,7 @@ def markdown(results: Results) -> str:
         parts += ["## Targets", _markdown_table(TARGET_HEADER, target_rows(judged))]
     parts.append("## Measurements")
     for name, group in results.by_workload():
-        parts += [f"### {name}", _markdown_table(MEASURED_HEADER, measured_rows(group))]
+        parts += [f"### {name}", _markdown_table(MEASURED_HEADER, measured_rows(results, group))]
     if results.not_measured:
         header = ("provider", "why", "where")
         parts += ["## Not measured", _markdown_table(header, _not_measured_rows(results))]
@@ -203,14 +215,11 @@ class _Style:
         return self._of[provider][0]
 
 
-def _legend(axis) -> None:
-    """Each provider once, beside nothing that it would cover."""
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(handles.values(), handles.keys(), fontsize=8)
-
-
 def _millisecond_axis(axis) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(lambda y, _: f"{1e3 * y:g}")
     axis.yaxis.set_minor_formatter(lambda y, _: "")
     axis.set_ylabel("milliseconds, median and 20 to 80 %")
@@ -244,7 +253,7 @@ def _time_plot(results: Results, style: _Style, op_names: tuple[str, ...], lette
         axis.set_xlabel({"S": "tokens in the sequence", "B": "sequences of 128 tokens"}[letter])
         axis.set_title(f"{model}: {title}")
         _millisecond_axis(axis)
-        _legend(axis)
+    legend(figure)
     return svg_of(figure)
 
 
@@ -275,12 +284,12 @@ def _ragged_plot(results: Results, style: _Style):
                 axis.annotate(
                     lengths, (fill, ratio), textcoords="offset points", xytext=(6, 5), fontsize=8
                 )
-        axis.set_ylim(0, 1.15 * max(ratio for _, ratio, *_ in points))
+        axis.set_ylim(0, 1.25 * max(ratio for _, ratio, *_ in points))
         axis.set_xlim(0.1, 1.02)
         axis.set_xlabel("fill: share of real tokens in the padded batch")
         axis.set_ylabel(f"times as fast as {BASELINE}")
         axis.set_title(f"{model}: ragged batches")
-        _legend(axis)
+    legend(figure)
     return svg_of(figure)
 
 
@@ -313,26 +322,15 @@ def _roofline_plot(results: Results, style: _Style):
     axis.set_xlabel("operations per byte (least traffic)")
     axis.set_ylabel("TFLOP/s")
     axis.set_title(f"Roofline: limits measured in this run (copy {copy:.3g} GB/s)")
-    _legend(axis)
+    legend(figure)
     return svg_of(figure)
-
-
-def _share_of_limit(results: Results, m: Measurement) -> float | None:
-    """Measured limits over measured time: 1 is as fast as this machine can."""
-    copy, top = results.limits.get("copy_gbs"), _matmul_limit(results, m.dtype)
-    if not copy or not m.bytes:
-        return None
-    least = m.bytes / (1e9 * copy)
-    if m.flops and top:
-        least = max(least, m.flops / (1e12 * top))
-    return least / m.seconds
 
 
 def _share_plot(results: Results, style: _Style):
     """Share of the limit for each operation: all shapes of an operation, and their median."""
     shares: dict[str, dict[str, list[float]]] = {}
     for m in results.measurements:
-        share = _share_of_limit(results, m) if m.level == "kernel" else None
+        share = results.share_of_limit(m) if m.level == "kernel" else None
         if share is not None:
             shares.setdefault(m.op, {}).setdefault(m.provider, []).append(share)
     if not shares:
@@ -417,7 +415,7 @@ def page(results: Results) -> str:
         "</p>"
     )
     for name, group in results.by_workload():
-        table = table_of(MEASURED_HEADER, measured_rows(group))
+        table = table_of(MEASURED_HEADER, measured_rows(results, group))
         parts.append(f"<details><summary>{html.escape(name)}</summary>{table}</details>")
     if results.not_measured:
         parts.append("<h2>Not measured</h2>")
@@ -472,6 +470,7 @@ def _targets_table(judged: list[Judged]) -> str:
     return f'<div class="table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
+@styled
 def _plots(results: Results, style: _Style) -> list[str]:
     made = (
         ("Ragged batches", _ragged_plot(results, style),

@@ -143,6 +143,17 @@ class Results:
         """Keep a measurement, or the reason why there is none."""
         (self.measurements if isinstance(entry, Measurement) else self.not_measured).append(entry)
 
+    def share_of_limit(self, m: Measurement) -> float | None:
+        """Least time at the limits measured in this run over the time taken: 1 is the most that
+        this machine did. Above 1 where operands stayed in a cache that the copy did not fit."""
+        copy, top = self.limits.get("copy_gbs"), self.limits.get(f"matmul_tflops_{m.dtype}")
+        if not copy or not m.bytes:
+            return None
+        least = m.bytes / (1e9 * copy)
+        if m.flops and top:
+            least = max(least, m.flops / (1e12 * top))
+        return least / m.seconds
+
     @property
     def failures(self) -> list[NotMeasured]:
         """Wrong results."""
@@ -166,11 +177,13 @@ class Results:
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
         data = {"schema": SCHEMA, **asdict(self)}
-        for m in data["measurements"]:
+        for entry, m in zip(data["measurements"], self.measurements, strict=True):
             for key in ("wall", "device"):
-                m[key] = m[key] and [float(f"{t:.5g}") for t in m[key]]
+                entry[key] = entry[key] and [float(f"{t:.5g}") for t in entry[key]]
             for key in ("error", "budget"):
-                m["check"][key] = float(f"{m['check'][key]:.3g}")
+                entry["check"][key] = float(f"{entry['check'][key]:.3g}")
+            # for readers; `load` takes them from the samples
+            entry["p20_median_p80"] = [float(f"{t:.5g}") for t in quantiles(m.times)]
         temporary = path.with_name(path.name + ".part")
         temporary.write_text(_compact(data), "utf-8")
         os.replace(temporary, path)
@@ -187,9 +200,10 @@ class Results:
             schema = data.pop("schema")
             if schema != SCHEMA:
                 raise ValueError(f"schema {schema}, this version reads {SCHEMA}")
-            measurements = [
-                Measurement(**{**m, "check": Check(**m["check"])}) for m in data.pop("measurements")
-            ]
+            measurements = []
+            for m in data.pop("measurements"):
+                m.pop("p20_median_p80", None)
+                measurements.append(Measurement(**{**m, "check": Check(**m["check"])}))
             missing = [NotMeasured(**n) for n in data.pop("not_measured")]
             return cls(**data, measurements=measurements, not_measured=missing)
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:

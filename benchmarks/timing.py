@@ -133,7 +133,7 @@ class CudaClock:
             with torch.cuda.graph(graph):
                 for x in inputs:
                     run(x)
-        except RuntimeError:
+        except Exception:  # host synchronisation, a graph of its own, ...: it is timed queued then
             torch.cuda.synchronize()
             return None
         graph.replay()

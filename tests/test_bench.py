@@ -371,11 +371,21 @@ def test_the_gpu_script_runs_tests_then_targets_and_needs_a_gpu(tmp_path, monkey
     assert run_gpu.main() == 0
     out = capsys.readouterr().out
     assert "correctness tests passed" in out and "not measured" in out
-    assert given["device"] == "cuda" and 0 < given["budget"] < 510
+    assert given["device"] == "cuda" and 0 < given["budget"] <= 9 * 60 - 90
     assert given["order"][0] == min(given["order"]) and len(given["order"]) > 100
 
 
 # ---- reports ----
+
+
+def test_the_share_of_the_limit_takes_the_scarcer_of_two(facts):
+    results = Results(facts, {}, {"copy_gbs": 10.0, "matmul_tflops_float32": 1.0})
+    copying = measured(times=[1e-3], flops=0.0, bytes=5e6)  # half a millisecond of copying
+    assert results.share_of_limit(copying) == pytest.approx(0.5)
+    multiplying = measured(times=[1e-3], flops=8e8, bytes=1e3)
+    assert results.share_of_limit(multiplying) == pytest.approx(0.8)
+    assert results.share_of_limit(measured(bytes=None)) is None
+    assert Results(facts).share_of_limit(copying) is None
 
 
 def test_reports_show_every_measurement_and_what_is_missing(facts):

@@ -177,7 +177,7 @@ def show(results: Results, console) -> None:
         table.add_column(name, no_wrap=True, justify="right")
     for name, group in results.by_workload():
         table.add_row(name, style="bold")
-        for row in measured_rows(group):
+        for row in measured_rows(results, group):
             table.add_row(f"  {row[0]}", *row[1:4], style="blue" if row[0] == OURS else None)
         table.add_section()
     console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from fastbert.benchmarks.page import document, figure_of_rows, svg_of, table_of
+from fastbert.benchmarks.page import document, figure_of_rows, legend, styled, svg_of, table_of
 
 from .inspection import Inspection
 from .sass import CLASSES
@@ -58,7 +58,7 @@ def _occupancy_plot(found: list[Inspection]) -> str:
 
 
 def _mix_plot(found: list[Inspection]) -> str:
-    figure, axis = figure_of_rows(len(found))
+    figure, axis = figure_of_rows(len(found) + 3)
     for y, i in enumerate(reversed(found)):
         left = 0.0
         for name in CLASSES:
@@ -68,7 +68,7 @@ def _mix_plot(found: list[Inspection]) -> str:
             left += value
     _variant_axis(axis, found)
     axis.set_xlabel("thread instructions per element in the inner loop (or the whole program)")
-    axis.legend(fontsize=7, ncols=4, loc="lower right")
+    legend(figure)
     return svg_of(figure)
 
 
@@ -94,7 +94,7 @@ def _roofline_plot(found: list[Inspection]) -> str | None:
     axis.set_yscale("log")
     axis.set_xlabel("operations per byte of the examples (dashed)")
     axis.set_ylabel("16-bit TFLOP/s by data sheet")
-    axis.legend(fontsize=8)
+    legend(figure)
     return svg_of(figure)
 
 
@@ -104,6 +104,7 @@ def _variant_axis(axis, found: list[Inspection]) -> None:
     axis.grid(axis="y", visible=False)
 
 
+@styled
 def page(found: list[Inspection]) -> str:
     """One self-contained HTML page.
 
