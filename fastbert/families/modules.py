@@ -46,15 +46,17 @@ _ACTIVATIONS = {
 
 def has_user_hooks(module: nn.Module) -> bool:
     """Whether someone other than a known library wants to see this module's inputs or outputs."""
+    every = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if not any(every):  # as almost always; this runs some twenty times per layer and call
+        return False
     return any(
         not getattr(hook, "__module__", "").startswith(_KNOWN_HOOKS)
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if hooks
+        for hooks in every
         for hook in hooks.values()
     )
 
@@ -105,10 +107,10 @@ def fuse(parts: tuple[Projection, ...]) -> Linear | tuple[Projection, ...]:
     """Several linear layers over the same rows as one, where that is a gain.
 
     On a GPU one product of three times the width beats three. In inference the weights are moved
-    next
-    to each other in memory once, each parameter then being a view of its third: nothing is cached
-    that a later change of a weight, by whatever route, could leave behind. With gradients they are
-    concatenated. On a CPU three products are as fast as one and nothing is fused.
+    next to each other in memory once, each parameter then being a view of its third: nothing is
+    cached that a later change of a weight, by whatever route, could leave behind. With gradients
+    they are concatenated. On a CPU three products cost as much as one, for few tokens up to a sixth
+    more, and nothing is fused.
     """
     if torch.compiler.is_compiling():  # a compiler may not move memory, and fuses by itself
         return parts
