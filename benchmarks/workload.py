@@ -105,12 +105,10 @@ def checked_against(
     for got, exact, torchs in zip(actual, oracle, baseline, strict=True):
         if got.shape != exact.shape:
             raise WrongResult(f"{provider}: {tuple(got.shape)=}, expected {tuple(exact.shape)}")
-        got, exact, torchs, dtype = *(t.detach().double().cpu() for t in (got, exact, torchs)), (
-            torchs.dtype
-        )  # fmt: skip
-        rounding = torch.finfo(dtype).eps * exact.abs().max().item()
-        budget = factor * ((torchs - exact).abs().max().item() + rounding)
-        error = (got - exact).abs().max().item()
+        exact = exact.detach().double()
+        rounding = torch.finfo(torchs.dtype).eps * exact.abs().max().item()
+        budget = factor * ((torchs.detach() - exact).abs().max().item() + rounding)
+        error = (got.detach().to(exact.device) - exact).abs().max().item()
         if not error <= budget:  # NaN too
             raise WrongResult(f"{provider}: off by {error:.3e}, allowed {budget:.3e}")
         if error >= worst:
