@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_workloads import EAGER as TORCH_EAGER
-from .kernel_workloads import FLASH_ATTN, SDPA, VARLEN, kernel
-from .model_workloads import (
+from .encoders import (
     BASELINE,
     COMPILED,
     EAGER,
@@ -20,10 +18,10 @@ from .model_workloads import (
     ORT,
     OWN_PADDED,
     TORCH_ENCODER,
-    encode_texts,
-    inference,
-    training_step,
 )
+from .kernel_workloads import EAGER as TORCH_EAGER
+from .kernel_workloads import FLASH_ATTN, SDPA, VARLEN, kernel
+from .model_workloads import encode_texts, inference, training_step
 from .shapes import LENGTHS
 from .workload import OURS, Workload
 

@@ -9,6 +9,7 @@ the ``benchmark`` fixture, so that ``--benchmark-save``, ``--benchmark-compare``
 from __future__ import annotations
 
 import os
+import statistics
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from fastbert.benchmarks.catalogue import SUITES, workloads
 from fastbert.benchmarks.report import write_reports
-from fastbert.benchmarks.results import Measurement, NotMeasured
+from fastbert.benchmarks.results import Measurement, NotMeasured, Results
 from fastbert.benchmarks.session import RESULTS_NAME, new_results
 from fastbert.benchmarks.timing import NoClock, clock_for
 from fastbert.benchmarks.workload import Workload, measure
@@ -60,12 +61,10 @@ def _device() -> str:
 
 def pytest_generate_tests(metafunc):
     if {"workload", "provider"} <= set(metafunc.fixturenames):
-        level = "model" if "model" in metafunc.function.__name__ else "kernel"
         suite = metafunc.config.getoption("suite")
         cases = [
             pytest.param(w, provider, id=f"{w.id}-{provider}")
             for w in workloads(_device(), suite)
-            if w.level == level
             for provider in w.providers
         ]
         metafunc.parametrize(("workload", "provider"), cases)
@@ -118,7 +117,7 @@ def _bench_session(request):
     session = _Session(request.config, request.session.items)
     yield session
     if session.folder is not None and session.results is not None:
-        write_reports(session.results, session.folder)
+        write_reports(Results.load(session.folder / RESULTS_NAME), session.folder)
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def bench(benchmark, _bench_session):
             gbs=entry.gbs,
             share_of_limit=_bench_session.results.share_of_limit(entry),
             peak_memory=entry.peak_memory,
-            median_wall=sorted(entry.wall)[len(entry.wall) // 2],
+            median_wall=statistics.median(entry.wall),
             speedup=entry.speedup_over(reference) if isinstance(reference, Measurement) else None,
             limits=_bench_session.results.limits,
             machine=_bench_session.results.machine,

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from .model_workloads import BASELINE
+from .encoders import BASELINE, COMPILED, OPENVINO, ORT, TORCH_ENCODER
 from .report import TARGET_HEADER, target_rows
 from .results import Results
 from .targets import judge
@@ -21,7 +21,7 @@ __all__ = ["rendered"]
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
-_PEERS = ("torch.compile", "ONNX Runtime", "OpenVINO", "nn.TransformerEncoder")
+_PEERS = (COMPILED, ORT, OPENVINO, TORCH_ENCODER)
 _NOT_MEASURED = {
     "cpu": "Not measured yet.",
     "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, "
@@ -61,8 +61,10 @@ def _tables(path: Path) -> str:
     caption = (
         f"{m['device']}, "
         + (f"{m['instruction_set']}, {m['threads']} threads, " if m["kind"] == "cpu" else "")
-        + f"{group[0].dtype}; torch {m['torch']}, transformers {m['transformers']}; {m['date']}, "
-        f"`benchmarks/results/{path.name}`. All columns but the times are relative to sdpa."
+        + f"{results.measurements[0].dtype}; torch {m['torch']}, transformers "
+        f"{m['transformers']}; {m['date']}, "
+        f"`benchmarks/results/{path.name}`. All columns but the times are relative to "
+        "sdpa."
     )
     targets = ["| " + " | ".join(TARGET_HEADER) + " |", "|---" * len(TARGET_HEADER) + "|"]
     targets += ["| " + " | ".join(row) + " |" for row in target_rows(judge(results))]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .model_workloads import BASELINE
+from .encoders import BASELINE
 from .page import (
     document,
     figure_of_panels,

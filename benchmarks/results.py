@@ -159,11 +159,15 @@ class Results:
         """Wrong results."""
         return [n for n in self.not_measured if n.failed]
 
-    def find(self, op: str, provider: str, dtype: str | None = None, **params: Any):
-        """The measurement with these parameters, or None."""
+    def find(
+        self, op: str, provider: str, dtype: str | None = None, **params: Any
+    ) -> Measurement | None:
+        """The measurement with just these parameters, or None; a flag that is False may be left
+        out."""
+        wanted = _flags_that_are_set(params)
         for m in self.measurements:
             same = (m.op, m.provider) == (op, provider) and dtype in (None, m.dtype)
-            if same and all(m.params.get(k) == v for k, v in params.items()):
+            if same and _flags_that_are_set(m.params) == wanted:
                 return m
         return None
 
@@ -210,6 +214,10 @@ class Results:
             raise ValueError(f"{path}: not a result file of fastbert bench: {error}") from error
 
 
+def _flags_that_are_set(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if value is not False}
+
+
 def _compact(data: dict[str, Any]) -> str:
     """JSON with one measurement a line: small, and readable in a diff."""
     rows = {key: data.pop(key) for key in ("measurements", "not_measured")}
@@ -247,7 +255,7 @@ def compare(old: Results, new: Results, *, floor: float = 0.03) -> list[Change]:
     changes = []
     for now in new.measurements:
         before = old.find(now.op, now.provider, now.dtype, **now.params)
-        if before is None or before.workload != now.workload:
+        if before is None:
             continue
         relative_to, pair = None, (before.times, now.times)
         if now.provider != now.reference:

@@ -47,7 +47,7 @@ def run_tests(folder: Path, seconds: float) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"unfinished after {seconds:.0f} s, no failure until then"
-    last = (folder / "tests.txt").read_text().strip().splitlines()[-1]
+    *_, last = ["no output", *(folder / "tests.txt").read_text().strip().splitlines()]
     return f"{'passed' if done.returncode == 0 else 'FAILED'}: {last.strip('= ')}"
 
 
@@ -87,6 +87,7 @@ def main() -> int:
         seconds=1.0,
         time_budget=60 * args.minutes - (time.monotonic() - begin) - _RESERVE,
         progress=progress,
+        correctness_tests=verdict,
     )
     for row in (TARGET_HEADER, *target_rows(judge(results))):
         print("  ".join(row))

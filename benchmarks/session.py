@@ -42,6 +42,7 @@ def run_suite(
     time_budget: float | None = None,
     providers: Iterable[str] | None = None,
     progress: Progress = lambda *args: None,
+    **settings: object,
 ) -> Results:
     """Run the workloads of a suite and write ``results.json``, ``report.md``, ``report.html``.
 
@@ -57,19 +58,23 @@ def run_suite(
             measured.
         providers: a choice of providers; all if None.
         progress: told after each workload: index, count, workload, its entries.
+        settings: what else the file should say of the run.
     """
     clock = clock or clock_for(device)
     begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS_NAME
     todo = list(workloads(device, suite) if chosen is None else chosen)
-    results = new_results(device, clock, suite=suite, seconds=seconds, time_budget=time_budget)
+    providers = None if providers is None else set(providers)
+    results = new_results(
+        device, clock, suite=suite, seconds=seconds, time_budget=time_budget, **settings
+    )
     torch.manual_seed(0)
     try:
         for i, workload in enumerate(todo):
             spent = time.monotonic() - begin
             if time_budget is not None and spent > time_budget:
-                names = workload.providers
+                names = workload.among(providers)
                 entries = [NotMeasured(workload.id, name, OUT_OF_TIME) for name in names]
             else:
                 with warnings.catch_warnings():

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Clock", "CudaClock", "NoClock", "Sample", "WallClock", "clock_for", "interleave"]
+__all__ = [
+    "Clock", "CudaClock", "NoClock", "Sample", "WallClock", "clock_for", "cold_sets", "interleave",
+]  # fmt: skip
 
 Run = Callable[[Any], Any]
 _SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
@@ -25,6 +27,8 @@ _SLOW_ROUND = 15.0  # seconds; after such a round three are enough
 _PAUSE = 10e-3
 _WARM_BELOW = 0.1  # seconds; shorter calls are made once more after a pause, untimed
 _GRAPH_BELOW = 100e-6  # seconds; event pairs around shorter work time the host
+# The device spins while the host queues: twice as long as that takes, in cycles of a fast clock.
+_SHORTEST_SPIN, _LONGEST_SPIN, _CYCLES_PER_SECOND = 0.5e-3, 0.5, 2e9
 _COLD_BYTES = 256 * 2**20  # input sets are rotated until they exceed this: past every L2 cache
 
 
@@ -87,19 +91,26 @@ class CudaClock:
     how = "CUDA events (graph replay below 100 us), cold cache, and wall clock with synchronisation"
 
     def prepare(self, run: Run, inputs: Sequence[Any]) -> Callable[[], Sample]:
-        for _ in range(3):
+        def all_inputs() -> None:
             for x in inputs:
                 run(x)
+
+        for _ in range(3):
+            all_inputs()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        all_inputs()
+        ahead = min(_LONGEST_SPIN, 2 * (time.perf_counter() - start))
         torch.cuda.synchronize()
-        once = self._queued(run, inputs)
-        replay = self._capture(run, inputs) if once < _GRAPH_BELOW else None
+        work, spin = all_inputs, ahead
+        if self._between(all_inputs, ahead) / len(inputs) < _GRAPH_BELOW:
+            replay = self._capture(all_inputs)
+            if replay is not None:
+                work, spin = replay, 0.0
         turn = _turns(inputs)
 
         def sample() -> Sample:
-            if replay is None:
-                device = self._queued(run, inputs)
-            else:
-                device = self._between(replay) / len(inputs)
+            device = self._between(work, spin) / len(inputs)
             torch.cuda.synchronize()
             start = time.perf_counter()
             run(next(turn))
@@ -109,30 +120,24 @@ class CudaClock:
         return sample
 
     @staticmethod
-    def _between(work: Callable[[], Any]) -> float:
+    def _between(work: Callable[[], Any], spin: float) -> float:
+        """Seconds on the device. It spins first, so that the host has queued all when it begins;
+        work that waits for the device itself cannot be queued and is timed with its gaps."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)  # about half a millisecond in which the host runs ahead
+        torch.cuda._sleep(int(max(spin, _SHORTEST_SPIN) * _CYCLES_PER_SECOND))
         start.record()
         work()
         end.record()
         end.synchronize()
         return 1e-3 * start.elapsed_time(end)
 
-    def _queued(self, run: Run, inputs: Sequence[Any]) -> float:
-        def all_inputs() -> None:
-            for x in inputs:
-                run(x)
-
-        return self._between(all_inputs) / len(inputs)
-
     @staticmethod
-    def _capture(run: Run, inputs: Sequence[Any]) -> Callable[[], None] | None:
-        """A graph of one call per input set, or None for work that cannot be captured."""
+    def _capture(work: Callable[[], Any]) -> Callable[[], None] | None:
+        """A graph of the work, or None if it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                for x in inputs:
-                    run(x)
+                work()
         except Exception:  # host synchronisation, a graph of its own, ...: it is timed queued then
             torch.cuda.synchronize()
             return None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastbert.kernels._cost import Cost
 from torch import Tensor
+
+from fastbert.testing import assert_within_budget
 
 from .results import Check, Measurement, NotMeasured
 from .timing import Clock, NoClock, Sample, interleave
@@ -68,11 +70,15 @@ class Workload:
     level: str  # "kernel" or "model"
     params: dict[str, Any]
     dtype: torch.dtype
-    setup: Callable[[Workload, str], Prepared] = field(compare=False)
+    setup: Callable[[Workload, str], Prepared]
     providers: tuple[str, ...]
     suites: frozenset[str] = frozenset()
     priority: int = 5  # smaller comes first
     reference: str = "transformers sdpa"  # what ratios are relative to
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def id(self) -> str:
@@ -82,10 +88,15 @@ class Workload:
             for key, value in self.params.items()
             if value is not False
         ]
-        return "/".join([self.op, *parts, str(self.dtype).removeprefix("torch.")])
+        return "/".join([self.op, *parts, self.dtype_name])
 
     def __str__(self) -> str:
         return self.id
+
+    def among(self, providers: Iterable[str] | None) -> list[str]:
+        """Its providers that are in a choice; all if that is None."""
+        wanted = self.providers if providers is None else set(providers)
+        return [name for name in self.providers if name in wanted]
 
 
 def checked_against(
@@ -93,27 +104,21 @@ def checked_against(
 ) -> Check:
     """The outcome of comparing outputs with fp64, in units of what torch is off by in that dtype.
 
-    fastbert may be off by at most twice torch's error plus one rounding
-    (`fastbert.testing.assert_within_budget`); a peer by 32 times, enough to tell another rounding
-    from another function.
+    The budget is that of `fastbert.testing.assert_within_budget`, for a peer sixteen times as wide:
+    enough to tell another rounding from another function. The check holds the largest error.
 
     Raises:
         WrongResult: over the budget, not finite, or another shape.
     """
     factor = _OWN_FACTOR if provider.startswith(OURS) else _PEER_FACTOR
-    worst = worst_budget = 0.0
-    for got, exact, torchs in zip(actual, oracle, baseline, strict=True):
-        if got.shape != exact.shape:
-            raise WrongResult(f"{provider}: {tuple(got.shape)=}, expected {tuple(exact.shape)}")
-        exact = exact.detach().double()
-        rounding = torch.finfo(torchs.dtype).eps * exact.abs().max().item()
-        budget = factor * ((torchs.detach() - exact).abs().max().item() + rounding)
-        error = (got.detach().to(exact.device) - exact).abs().max().item()
-        if not error <= budget:  # NaN too
-            raise WrongResult(f"{provider}: off by {error:.3e}, allowed {budget:.3e}")
-        if error >= worst:
-            worst, worst_budget = error, budget
-    return Check(passed=True, error=worst, budget=worst_budget, against="fp64")
+    try:
+        compared = [
+            assert_within_budget(got, exact, torchs, provider, factor=factor)
+            for got, exact, torchs in zip(actual, oracle, baseline, strict=True)
+        ]
+    except AssertionError as error:
+        raise WrongResult(str(error)) from error
+    return Check(True, *max(compared), against="fp64")
 
 
 def measure(
@@ -136,7 +141,7 @@ def measure(
         One entry per provider, in their order. A provider that cannot run or gives a wrong result
         is a `NotMeasured` that says why; a wrong result has ``failed`` set.
     """
-    chosen = [p for p in workload.providers if providers is None or p in set(providers)]
+    chosen = workload.among(providers)
     found: dict[str, Measurement | NotMeasured] = {}
     checks: dict[str, Check] = {}
     calls: dict[str, Callable[[], Sample]] = {}
@@ -167,7 +172,7 @@ def measure(
             op=workload.op,
             level=workload.level,
             params=workload.params,
-            dtype=str(workload.dtype).removeprefix("torch."),
+            dtype=workload.dtype_name,
             provider=name,
             reference=workload.reference,
             check=checks[name],

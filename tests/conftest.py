@@ -31,13 +31,6 @@ if HAS_TRITON and not HAS_GPU:
     _interpreter.install()
 
 
-def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Clocks and providers with made-up times, for the tests of the benchmark suite."""
 
 import contextlib
+import time
 import types
 
 import torch
@@ -39,11 +40,20 @@ def workload_of(providers, name="double"):
 
 
 class FakeCuda:
-    """A GPU whose kernel takes ``each`` seconds, with events, a spin and graphs on its own time."""
+    """A GPU whose kernel takes ``each`` seconds, with events, a spin and graphs on its own time.
 
-    def __init__(self, each, capturable=True):
-        self.each, self.capturable = each, capturable
-        self.now, self.graphs, self.inputs, self.recording = 0.0, 0, [], None
+    Queueing a kernel takes ``host`` seconds of the host; the device begins one when it is free and
+    the host has queued it, so that a slow host leaves gaps.
+    """
+
+    def __init__(self, each, *, host=0.0, capturable=True):
+        self.each, self.host, self.capturable = each, host, capturable
+        self.host_now = self.device_free = 0.0
+        self.graphs, self.inputs, self.recording = 0, [], None
+
+    def _run(self, x):
+        self.inputs.append(x)
+        self.device_free = max(self.device_free, self.host_now) + self.each
 
     def kernel(self, x):
         if self.recording is not None:
@@ -51,8 +61,14 @@ class FakeCuda:
             if not self.capturable:
                 raise RuntimeError("operation not permitted when stream is capturing")
             return
-        self.inputs.append(x)
-        self.now += self.each
+        self.host_now += self.host
+        self._run(x)
+
+    def _synchronize(self):
+        self.host_now = max(self.host_now, self.device_free)
+
+    def _sleep(self, cycles):
+        self.device_free = max(self.device_free, self.host_now) + cycles / 2e9
 
     def install(self, monkeypatch):
         fake = self
@@ -62,10 +78,10 @@ class FakeCuda:
                 assert enable_timing
 
             def record(self):
-                self.at = fake.now
+                self.at = max(fake.device_free, fake.host_now)
 
             def synchronize(self):
-                pass
+                fake._synchronize()
 
             def elapsed_time(self, end):
                 return 1e3 * (end.at - self.at)
@@ -73,8 +89,7 @@ class FakeCuda:
         class Graph:
             def replay(self):
                 for x in self.work:
-                    fake.inputs.append(x)
-                    fake.now += fake.each
+                    fake._run(x)
 
         @contextlib.contextmanager
         def graph(g):
@@ -86,7 +101,8 @@ class FakeCuda:
             fake.graphs += 1
 
         cuda = types.SimpleNamespace(
-            Event=Event, CUDAGraph=Graph, graph=graph, synchronize=lambda: None,
-            _sleep=lambda cycles: None,
+            Event=Event, CUDAGraph=Graph, graph=graph, synchronize=self._synchronize,
+            _sleep=self._sleep,
         )  # fmt: skip
         monkeypatch.setattr(torch, "cuda", cuda)
+        monkeypatch.setattr(time, "perf_counter", lambda: fake.host_now)

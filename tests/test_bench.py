@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from fakes import FakeClock, workload_of
+from fakes import FakeClock, FakeCuda, workload_of
 from fastbert.benchmarks import session
 from fastbert.benchmarks.catalogue import SUITES, workloads
 from fastbert.benchmarks.report import markdown, page
@@ -26,7 +26,7 @@ from fastbert.benchmarks.results import (
 )
 from fastbert.benchmarks.shapes import LENGTHS, draw_lengths, fill_of
 from fastbert.benchmarks.targets import STATUSES, TARGETS, Judged, Target, judge
-from fastbert.benchmarks.timing import NoClock, Sample, WallClock, interleave
+from fastbert.benchmarks.timing import CudaClock, NoClock, Sample, WallClock, interleave
 from fastbert.benchmarks.workload import OURS, Unavailable, measure
 
 import fastbert
@@ -73,7 +73,7 @@ def test_nan_and_large_errors_are_wrong_for_peers_too(broken):
 
 def test_a_shape_that_differs_is_wrong():
     (entry,) = measure(workload_of({OURS: lambda x: x[:1] * 2}), FakeClock(), "cpu")
-    assert entry.failed and "expected" in entry.reason
+    assert entry.failed and "shapes differ" in entry.reason
 
 
 def test_unavailable_and_broken_peers_are_said_and_do_not_stop_the_rest():
@@ -136,21 +136,26 @@ def test_the_wall_clock_repeats_short_calls_and_rotates_inputs():
     assert seen.count("c") == 2, "slow calls are not repeated for nothing"
 
 
-def test_the_gpu_clock_divides_by_calls_and_replays_short_work(monkeypatch):
-    from fakes import FakeCuda
-
-    for each, graphs in ((5e-6, 1), (5e-3, 0)):
-        cuda = FakeCuda(each)
-        cuda.install(monkeypatch)
-        from fastbert.benchmarks.timing import CudaClock
-
-        sample = CudaClock().prepare(cuda.kernel, ["a", "b", "c"])()
-        assert sample.device == pytest.approx(each, rel=1e-6)
-        assert cuda.graphs == graphs
-        assert set(cuda.inputs) == {"a", "b", "c"}, "the cache would be warm"
-    cuda = FakeCuda(5e-6, capturable=False)
+@pytest.mark.parametrize(
+    ("each", "host", "capturable", "graphs"),
+    [
+        (5e-6, 1e-6, True, 1),  # short: a graph
+        (5e-6, 50e-6, True, 1),  # the host needs ten times as long: a graph has no gaps
+        (5e-6, 50e-6, False, 0),  # cannot be captured: queued behind a spin that is long enough
+        (5e-3, 1e-6, True, 0),
+        (1e-3, 8e-3, True, 0),  # a model that is bound by its host
+    ],
+)
+def test_the_gpu_clock_measures_the_device_and_not_the_host(
+    each, host, capturable, graphs, monkeypatch
+):
+    cuda = FakeCuda(each, host=host, capturable=capturable)
     cuda.install(monkeypatch)
-    assert CudaClock().prepare(cuda.kernel, ["a"])().device == pytest.approx(5e-6, rel=1e-6)
+    sample = CudaClock().prepare(cuda.kernel, ["a", "b", "c"])()
+    assert sample.device == pytest.approx(each, rel=1e-6)
+    assert sample.wall == pytest.approx(host + each, rel=1e-6)
+    assert cuda.graphs == graphs
+    assert set(cuda.inputs) == {"a", "b", "c"}, "the cache would be warm"
 
 
 def test_a_faster_call_is_found_to_be_faster():

@@ -212,23 +212,42 @@ def test_bool_bias_keeps_what_is_true(device):
     assert torch.equal(ops.attention(q, k, v, bias=keep), ops.attention(q, k, v, bias=as_floats))
 
 
-@pytest.mark.gpu
-def test_packed_equals_padded_at_a_real_size_bf16(device):
-    lengths = [512, 1, 300, 77]
+def test_packed_equals_padded_at_the_size_of_bert(device):
+    """bf16, twelve heads of 64, several tiles of queries and of keys."""
+    lengths = [300, 1, 77]
     q, k, v = projection(sum(lengths), 12, 64, torch.bfloat16, device)
-    check_varlen(q, k, v, lengths)
+    mask = torch.arange(300, device=device) < torch.tensor(lengths, device=device)[:, None]
+    batch = PackedBatch.from_mask(mask)
+    heads_first = [batch.unpack(t).transpose(1, 2) for t in (q, k, v)]
+    padded = ops.attention(*heads_first, key_mask=mask).transpose(1, 2)
+    exact = attention_varlen_ref(*(t.double() for t in (q, k, v)), lengths, lengths)
+    # the two differ in nothing but how they find a row
+    assert torch.equal(check_varlen(q, k, v, lengths), batch.pack(padded))
+    assert_within_budget(
+        batch.pack(padded), exact, attention_varlen_ref(q, k, v, lengths, lengths), "padded"
+    )
 
 
-@pytest.mark.gpu
-@pytest.mark.large
-def test_addresses_beyond_31_bits(device):
-    total = 1_000_000
-    q, k, v = projection(total, 12, 64, torch.float16, device)
-    lengths = [100] * (total // 100)
-    out = ops.attention_varlen(q, k, v, PackedBatch.from_lengths(lengths, device))
-    last = [t[-100:] for t in (q, k, v)]
-    oracle = attention_varlen_ref(*(t.double() for t in last), [100], [100])
-    assert_within_budget(out[-100:], oracle, attention_varlen_ref(*last, [100], [100]), "last rows")
+def test_rows_of_queries_and_results_are_found_beyond_31_bits(device):
+    """Only the last sequence is computed: the others are memory that nobody touches."""
+    from fastbert.kernels._tiles import AttentionTile
+    from fastbert.kernels.attention import attention_varlen_fwd
+
+    total, rows = 2**31 // 128 + 100, 40
+    memory = torch.empty(total, 1, 128, dtype=torch.float16, device=device)
+    memory[-rows:] = torch.randn(rows, 1, 128)
+    q = k = v = memory
+    batch = PackedBatch.from_lengths([total - rows, rows], device)
+    tile = AttentionTile(64, 64, 128, 8, 1, single=True)
+    last = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    out, lse = attention_varlen_fwd(
+        q, k, v, batch.cu_seqlens, batch.cu_seqlens, last, tile, scale=0.1
+    )
+    near = [t[-rows:].clone() for t in (q, k, v)]
+    oracle = attention_varlen_ref(*(t.double() for t in near), [rows], [rows], scale=0.1)
+    baseline = attention_varlen_ref(*near, [rows], [rows], scale=0.1)
+    assert_within_budget(out[-rows:], oracle, baseline, "last rows")
+    assert lse[0, -rows:].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])

@@ -42,5 +42,5 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # typer's answer to Ctrl-C, which says nothing by itself
-            typer.echo("fastbert: interrupted; nothing was left behind", err=True)
+            typer.echo("fastbert: interrupted", err=True)
         raise

@@ -80,15 +80,19 @@ def run(
                 if getattr(entry, "failed", False):
                     errors.print(f"[red]{workload}: {entry.reason}[/red]")
 
-        results = run_suite(
-            suite,
-            output,
-            device=device,
-            seconds=seconds,
-            time_budget=time_budget,
-            providers=provider or None,
-            progress=progress,
-        )
+        try:
+            results = run_suite(
+                suite,
+                output,
+                device=device,
+                seconds=seconds,
+                time_budget=time_budget,
+                providers=provider or None,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            errors.print(f"what was measured until then is in {output}")
+            raise
     show(results, Console())
     typer.echo(f"{output}/results.json, report.md, report.html")
     if results.failures:

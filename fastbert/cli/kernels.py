@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +120,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Compile for a GPU that need not be here, and say what came out."""
+    from rich.console import Console
+
     chosen = _chosen(name, arch, variant, dtype, tile)
     texts = [t for t, wanted in (("ptx", ptx), ("sass", sass), ("ttgir", ttgir)) if wanted]
     if texts and len(chosen) > 1:
@@ -130,6 +130,8 @@ def inspect(
             f"--{texts[0]} needs one variant, these match; narrow with --variant:\n  {names}"
         )
     found = _inspected(chosen)
+    from ..workbench.terminal import show_inspections
+
     for text in texts:
         typer.echo(getattr(found[0].artefact, text))
     if report is not None:
@@ -138,7 +140,7 @@ def inspect(
         for one in found:
             typer.echo(json.dumps(one.facts()))
     elif not texts:
-        _show(found)
+        show_inspections(Console(), found)
 
 
 @app.command()
@@ -192,8 +194,12 @@ def diff(
     if (tile is not None) == (commits is not None) or (tile is not None and len(tile) > 2):
         raise typer.BadParameter("expected --tile once or twice, or --commits OLD NEW")
     options = ("--arch", arch, "--variant", variant, "--dtype", dtype)
+    from rich.console import Console
+
     if commits is not None:
-        old, new = (_facts_of_commit(revision, name, options) for revision in commits)
+        from ..workbench.revisions import facts_of_commit
+
+        old, new = (facts_of_commit(revision, name, options) for revision in commits)
         pairs = [(old[key], new[key]) for key in old if key in new]
         if not pairs:
             raise InputError("the two commits have no variant of the same name")
@@ -205,7 +211,9 @@ def diff(
                 f"{len(sides[0])} variants against {len(sides[1])}; narrow with --variant"
             )
         pairs = [(a.facts(), b.facts()) for a, b in zip(*sides, strict=True)]
-    _show_differences(pairs)
+    from ..workbench.terminal import show_differences
+
+    show_differences(Console(), pairs)
 
 
 @app.command()
@@ -225,13 +233,13 @@ def tune(
     _without_interpreter()
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from fastbert.benchmarks.timing import CudaClock
 
     from ..kernels._device import device_arch
     from ..kernels._tiles import TUNED_FILE
     from ..workbench import tune as tuner
+    from ..workbench.terminal import show_candidates
 
     on_gpu = torch.cuda.is_available()
     if on_gpu and arch is not None:
@@ -257,17 +265,7 @@ def tune(
             before, survivors = tuner.time_candidates(
                 problem, survivors, number, CudaClock(), "cuda"
             )
-        table = Table(title=title)
-        for column in ("tile", "registers", "warps/SM", "instructions/element",
-                       "time" if on_gpu else "time (not measured)"):  # fmt: skip
-            table.add_column(column, overflow="fold")
-        for c in survivors[:top]:
-            table.add_row(
-                ", ".join(f"{k}={v}" for k, v in c.fields.items()), str(c.facts["registers"]),
-                str(c.facts["warps_per_sm"]), f"{c.facts['instructions_per_element']:.3g}",
-                "-" if c.seconds is None else f"{1e6 * c.seconds:.1f} us",
-            )  # fmt: skip
-        console.print(table)
+        show_candidates(console, title, survivors[:top])
         for reason, count in dropped.items():
             console.print(f"  dropped {count}: {reason}", style="dim", highlight=False)
         if before is not None and survivors:
@@ -286,14 +284,22 @@ def profile(
     """One forward pass on a GPU: time per kernel, launch gaps, share of the roofline."""
     import torch
 
+    from fastbert.benchmarks.shapes import LENGTHS, MODELS
+
+    for option, value, known in (("--model", size, MODELS), ("--lengths", lengths, LENGTHS)):
+        if value not in known:
+            raise typer.BadParameter(f"{option}: expected one of {', '.join(known)}, got {value!r}")
     if not torch.cuda.is_available():
         raise TaskError("profile needs a GPU (torch.cuda.is_available() is False)")
+    from rich.console import Console
+
     from fastbert.benchmarks.limits import measure_limits
     from fastbert.benchmarks.model_workloads import inference
     from fastbert.benchmarks.timing import CudaClock
     from fastbert.benchmarks.workload import OURS
 
     from ..workbench.profile import profile_forward
+    from ..workbench.terminal import show_profile
 
     workload = inference(size, batch, length, lengths=lengths, dtype=torch.bfloat16)
     prepared = workload.setup(workload, "cuda")
@@ -304,7 +310,8 @@ def profile(
         prepared.cost.flops / (1e12 * limits["matmul_tflops_bfloat16"]),
         prepared.cost.bytes / (1e9 * limits["copy_gbs"]),
     )
-    _show_profile(str(workload), profile_forward(lambda: run(prepared.inputs[0]), least=least))
+    found = profile_forward(lambda: run(prepared.inputs[0]), least=least)
+    show_profile(Console(), str(workload), found)
 
 
 # ---- helpers ----
@@ -405,44 +412,6 @@ def _inspected(chosen: list) -> list:
     return found
 
 
-def _show(found: list) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for one in found:
-        a, o, v = one.artefact, one.occupancy, one.variant
-        table = Table(title=v.name, show_header=False, title_justify="left")
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        table.add_row("tile", ", ".join(f"{k}={x}" for k, x in one.facts()["tile"].items()))
-        table.add_row("registers, stack", f"{a.registers} per thread, {a.stack} B")
-        table.add_row("spills", f"{a.spill_stores} B stored, {a.spill_loads} B loaded")
-        table.add_row("shared memory", f"{a.shared:,} B per program")
-        table.add_row(
-            "occupancy",
-            f"{o.programs} programs of {v.num_warps} warps, {100 * o.share:.0f} % of the warps; "
-            f"{o.limit} allow no more",
-        )
-        table.add_row("matrix instructions", one.matrix_instructions)
-        access = ", ".join(f"{n} x {kind} bit" for kind, n in one.listing.widths.items())
-        table.add_row("global memory", access or "none")
-        where = f"inner loop of {one.listing.loop}" if one.listing.loop else "no loop, all"
-        mix = ", ".join(f"{k} {n:.3g}" for k, n in one.per_element.items())
-        table.add_row(
-            f"per {v.element}",
-            f"{sum(one.per_element.values()):.3g} instructions ({where} of {one.listing.total}): "
-            f"{mix}",
-        )
-        table.add_row("intensity", f"{v.cost.intensity:.3g} operations per byte ({v.example})")
-        for card, seconds, bound in one.rooflines():
-            table.add_row(f"least on {card.name}", f"{1e6 * seconds:.1f} us, bound by {bound}")
-        for warning in a.warnings:
-            table.add_row("ptxas", warning)
-        table.add_row("faults", "; ".join(one.faults) or "none", style="red" if one.faults else "")
-        console.print(table)
-
-
 def _write_page(found: list, path: Path) -> None:
     from ..workbench.report import page
 
@@ -450,83 +419,3 @@ def _write_page(found: list, path: Path) -> None:
         path.write_text(page(found), "utf-8")
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from error
-
-
-def _facts_of_commit(revision: str, name: str, options: tuple[str, ...]) -> dict[str, dict]:
-    """What the kernels of another commit compile to, by its own code in a process of its own."""
-    import fastbert
-
-    root = Path(fastbert.__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory(prefix="fastbert-diff-") as folder:
-        archive = subprocess.run(
-            ["git", "-C", str(root), "archive", revision], capture_output=True, check=False
-        )
-        if archive.returncode:
-            raise InputError(f"{revision}: {archive.stderr.decode(errors='replace').strip()}")
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        if not (Path(folder) / "kernels/_variants.py").exists():
-            raise InputError(f"{revision}: no kernels/_variants.py in it; it is too old to inspect")
-        program = "from fastbert.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", program, "kernels", "inspect", name, *options, "--json"],
-            cwd=folder, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise InputError(f"{revision}: {done.stderr.strip()[-500:]}")
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["name"]: row for row in rows}
-
-
-def _show_differences(pairs: list[tuple[dict, dict]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for old, new in pairs:
-        left, right = _flat(old), _flat(new)
-        changed = [k for k in {**left, **right} if left.get(k) != right.get(k) and k != "name"]
-        title = old["name"] if old["name"] == new["name"] else f"{old['name']}  ->  {new['name']}"
-        if not changed:
-            console.print(f"{title}: the same")
-            continue
-        table = Table(title=title, title_justify="left")
-        for column in ("", "old", "new"):
-            table.add_column(column)
-        for key in changed:
-            table.add_row(key, str(left.get(key, "-")), str(right.get(key, "-")))
-        console.print(table)
-
-
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            flat |= {f"{key.replace('_', ' ')}: {k}": v for k, v in value.items()}
-        else:
-            flat[key.replace("_", " ")] = value
-    return flat
-
-
-def _show_profile(title: str, found) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in ("kernel", "launches", "time", "share"):
-        table.add_column(column, overflow="fold")
-    for k in found.kernels[:25]:
-        table.add_row(
-            k.name[:90], str(k.launches), f"{1e6 * k.seconds:.1f} us",
-            f"{100 * k.seconds / found.span:.1f} %",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    console.print(
-        f"span {1e6 * found.span:.1f} us, {100 * found.idle_share:.1f} % of it without a kernel "
-        f"(largest gap {1e6 * found.largest_gap:.1f} us)"
-    )
-    if found.roofline_share is not None:
-        console.print(
-            f"least time at this machine's measured limits {1e6 * found.least:.1f} us: "
-            f"{100 * found.roofline_share:.0f} % of the roofline"
-        )

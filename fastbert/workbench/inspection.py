@@ -1,7 +1,8 @@
 """What a compiled variant takes of a GPU and what that allows: occupancy, roofline, code.
 
-Occupancy follows the CUDA occupancy calculator: registers are handed out to warps in units of 256,
-shared memory to programs with 1 KiB reserved for each, and the scarcest resource decides.
+Occupancy follows the CUDA occupancy calculator: registers are handed out to warps in units of 256
+and to four warps at a time (one for each quarter of a multiprocessor), shared memory to programs
+with 1 KiB reserved for each, and the scarcest resource decides.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from . import sass
 __all__ = ["Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_seconds"]
 
 _REGISTER_UNIT = 256  # registers of a warp are handed out in this many
+_QUARTERS = 4  # of a multiprocessor; each has a quarter of the registers and of the warps
 _RESERVED_SHARED = 1024  # bytes of shared memory that the system keeps per program
 
 
@@ -51,7 +53,7 @@ def occupancy(arch: int, *, registers: int, shared: int, num_warps: int) -> Occu
     limits = LIMITS[arch]
     per_warp = math.ceil(registers * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
     by = {
-        "registers": limits.registers // per_warp // num_warps,
+        "registers": limits.registers // _QUARTERS // per_warp * _QUARTERS // num_warps,
         "shared memory": limits.shared // (shared + _RESERVED_SHARED),
         "warps": limits.warps // num_warps,
         "programs": limits.programs,

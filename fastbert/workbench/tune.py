@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,16 +28,16 @@ from fastbert.benchmarks.workload import OURS, Workload, measure
 
 from ..kernels import _tiles
 
+if TYPE_CHECKING:
+    from ..kernels._variants import Variant
+
 __all__ = [
-    "Candidate",
-    "Problem",
-    "problems",
-    "screen_candidates",
-    "time_candidates",
+    "Candidate", "Problem", "problems", "screen_candidates", "time_candidates", "variants_of_slot",
     "write_tuned",
-]
+]  # fmt: skip
 
 _ENOUGH_WARPS = 16  # resident on a multiprocessor; fewer leave latency in sight
+_MARK = 32  # warps, as no tile has: shows which variants a slot decides
 _WORTH_IT = 0.97  # of the table's time: a smaller gain is noise
 
 
@@ -45,9 +45,7 @@ _WORTH_IT = 0.97  # of the table's time: a smaller gain is noise
 class Problem:
     """One slot of the tile tables: where it is decided, what it is timed on, what is tried."""
 
-    kernel: str
     slot: str
-    label: str  # occurs in the name of the variant that stands for it
     workload: Workload
     grid: tuple[dict[str, int], ...]
 
@@ -93,42 +91,59 @@ def problems(kernel: str) -> Iterator[Problem]:
                     num_warps=(4, 8),
                     num_stages=(1, 2) if single else (2, 3, 4),
                 )
-                label = f"D{d} {{block_m}}x{{block_n}} {'single' if single else 'online'} packed"
-                yield Problem(kernel, f"attention D{d} 16 bit {tag}", label, workload, grid)
+                yield Problem(f"attention D{d} 16 bit {tag}", workload, grid)
     elif kernel in ("layernorm", "softmax"):
-        op, size = ("layer norm", {}) if kernel == "layernorm" else ("softmax", {})
-        widths = (384, 768, 1024) if kernel == "layernorm" else (128, 512)
-        for width in widths:
-            padded = _tiles.next_power_of_2(width)
-            workload = kernel_workload(op, M=32768, N=width, dtype=half, **size)
-            grid = _grid(rows=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8))
-            label = f"N{width} " + ("plain" if kernel == "layernorm" else "additive")
-            yield Problem(kernel, f"{kernel} {padded}", label, workload, grid)
+        op = "layer norm" if kernel == "layernorm" else "softmax"
+        for width in (384, 768, 1024) if kernel == "layernorm" else (128, 512):
+            slot = f"{kernel} {_tiles.next_power_of_2(width)}"
+            workload = kernel_workload(op, M=32768, N=width, dtype=half)
+            yield Problem(slot, workload, _grid(rows=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8)))
     elif kernel == "linear":
         workload = kernel_workload("linear + GELU", M=32768, N=3072, K=768, dtype=half)
         grid = _grid(
             block_m=(64, 128, 256), block_n=(64, 128, 256), block_k=(32, 64), num_warps=(4, 8),
             num_stages=(2, 3, 4),
         )  # fmt: skip
-        label = "gelu {block_m}x{block_n}x{block_k}"
-        yield Problem(kernel, "linear 16 bit", label, workload, grid)
+        yield Problem("linear 16 bit", workload, grid)
     else:
         raise ValueError(f"tune: expected attention, layernorm, softmax or linear, got {kernel!r}")
 
 
-def _facts(kernel: str, arch: int, label: str, fields: dict[str, int]) -> dict[str, Any] | str:
-    """What the compiler makes of a candidate, or why it makes nothing. Runs in a worker process."""
-    from ..kernels._variants import variants
+def variants_of_slot(arch: int, slot: str, fields: dict[str, int]) -> list[Variant]:
+    """Every variant of every kernel that takes its tile from a slot, with these fields in it."""
+    from ..kernels._variants import KERNELS, variants
+
+    def everything(**slot_fields: int) -> list[Variant]:
+        with _tiles.tuned(arch, slot, slot_fields):
+            return [v for k in KERNELS for v in variants(k, arch, dtypes=(torch.bfloat16,))]
+
+    marked = everything(num_warps=_MARK)
+    return [
+        variant
+        for variant, mark in zip(everything(**fields), marked, strict=True)
+        if mark.num_warps == _MARK
+    ]
+
+
+def _facts(arch: int, slot: str, fields: dict[str, int]) -> dict[str, Any] | str:
+    """What the compiler makes of a candidate, or why it may not ship: all variants of a slot must.
+
+    The facts are those of the variant with the most work. Runs in a worker process.
+    """
     from .inspection import inspect_variant
 
     try:
-        found = variants(kernel, arch, dtypes=(torch.bfloat16,), tile=fields)
-        variant = next(v for v in found if label.format(**fields) in v.name)
-        return inspect_variant(variant).facts()
-    except StopIteration:
-        return "no such variant"
+        chosen = variants_of_slot(arch, slot, fields)
+        every = [inspect_variant(variant).facts() for variant in chosen]
     except Exception as error:  # a tile that does not compile is no candidate
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    for facts in every:
+        if facts["faults"]:
+            return facts["faults"][0]
+        if facts["programs_per_sm"] == 0:
+            return "does not fit a multiprocessor"
+    work = [variant.cost.flops + variant.cost.bytes for variant in chosen]
+    return every[work.index(max(work))]
 
 
 def screen_candidates(
@@ -148,17 +163,11 @@ def screen_candidates(
     count = len(problem.grid)
     context = get_context("spawn")  # Triton must be imported anew, not forked
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-        jobs = [
-            pool.submit(_facts, problem.kernel, arch, problem.label, fields)
-            for fields in problem.grid
-        ]
+        jobs = [pool.submit(_facts, arch, problem.slot, fields) for fields in problem.grid]
         for i, (fields, job) in enumerate(zip(problem.grid, jobs, strict=True)):
             facts = job.result()
-            reasons = [facts] if isinstance(facts, str) else facts["faults"]
-            if not reasons and facts["programs_per_sm"] == 0:
-                reasons = ["does not fit a multiprocessor"]
-            if reasons:
-                reason = " ".join(w for w in reasons[0].split() if not w.isdigit())
+            if isinstance(facts, str):
+                reason = " ".join(w for w in facts.split() if not w.isdigit())
                 dropped[reason] = dropped.get(reason, 0) + 1
             else:
                 kept.append(Candidate(fields, facts))
