@@ -129,7 +129,7 @@ def _attention_oracle(x: Inputs) -> Tensor:
 
 
 def _attention_ours(x: Inputs) -> Tensor:
-    return ops.attention_varlen(*_packed(x), x["batch"])
+    return ops.attention_qkv(x["qkv"], x["batch"])
 
 
 def _attention_bias_ours(x: Inputs) -> Tensor:
@@ -295,7 +295,9 @@ _SOFTMAX = _Op(
         LIGER: _softmax_liger,
     },
     leaves=("x",),
-    cost=lambda p, itemsize: (_cost.softmax_cost(p["M"], p["N"], itemsize),) * 2,
+    cost=lambda p, itemsize: tuple(
+        _cost.rows_cost(p["M"], p["N"], itemsize, tensors) for tensors in (2, 3)
+    ),
 )
 
 # ---- embedding ----

@@ -330,7 +330,7 @@ _GPU = (
     _attention("backward", 512, 272, None),
     _attention("backward", 1024, 330, None),
     _attention("backward", 2048, None, 422),
-    *_about(  # no kernel has dropout inside attention yet
+    *_about(  # no workload measures dropout yet
         "attention dropout", ("share of the kernel's time", lambda r: None, 15, 8, " %", False)
     ),
     *(_rows("layer norm forward", 90, 95, M=32768, N=n, residual=True) for n in (768, 1024)),

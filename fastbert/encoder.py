@@ -17,7 +17,15 @@ from torch import Tensor
 from . import ops
 from .packing import PackedBatch, PaddedBatch
 
-__all__ = ["LayerWeights", "Linear", "Norm", "Projection", "attention_weights", "encode_layer"]
+__all__ = [
+    "LayerWeights",
+    "Linear",
+    "Norm",
+    "Projection",
+    "Stacked",
+    "attention_weights",
+    "encode_layer",
+]
 
 
 class Linear(NamedTuple):
@@ -25,6 +33,13 @@ class Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Stacked(NamedTuple):
+    """Several linear layers over the same rows, to be computed as one product."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
 
 
 class Norm(NamedTuple):
@@ -44,7 +59,8 @@ class LayerWeights(NamedTuple):
     """Everything one layer computes with.
 
     Attributes:
-        qkv: the three input projections; fused as one `Linear` of ``[3 * E, E]`` or one by one.
+        qkv: the three input projections; one `Linear` of ``[3 * E, E]``, one product of three
+            parameters, or one by one.
         attention_output, attention_norm: the projection after attention and the norm after it.
         intermediate, activation: the first feed-forward product and what follows it, one of
             `fastbert.ops.linear.ACTIVATIONS` or any function.
@@ -53,7 +69,7 @@ class LayerWeights(NamedTuple):
         attention_dropout, hidden_dropout, output_dropout: probabilities, 0 outside training.
     """
 
-    qkv: Linear | tuple[Projection, Projection, Projection]
+    qkv: Linear | Stacked | tuple[Projection, Projection, Projection]
     attention_output: Projection
     attention_norm: Norm | Callable[[Tensor], Tensor]
     intermediate: Projection
@@ -77,13 +93,23 @@ def encode_layer(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: Laye
     Returns:
         ``[T, E]``.
     """
-    q, k, v = _project_heads(hidden, weights)
-    context = _attend(q, k, v, batch, weights.attention_dropout)
+    context = _attend(hidden, batch, weights)
     hidden = _add_norm(
         context, weights.attention_output, hidden, weights.attention_norm, weights.hidden_dropout
     )
-    inner = _project(hidden, weights.intermediate, weights.activation)
-    return _add_norm(inner, weights.output, hidden, weights.output_norm, weights.output_dropout)
+    first, second, norm = weights.intermediate, weights.output, weights.output_norm
+    if (
+        isinstance(first, Linear)
+        and isinstance(weights.activation, str)
+        and isinstance(second, Linear)
+        and isinstance(norm, Norm)
+    ):
+        return ops.feed_forward_add_norm(
+            hidden, *first, weights.activation, *second, norm.weight, norm.bias, eps=norm.eps,
+            dropout_p=weights.output_dropout,
+        )  # fmt: skip
+    inner = _project(hidden, first, weights.activation)
+    return _add_norm(inner, second, hidden, norm, weights.output_dropout)
 
 
 def attention_weights(
@@ -108,11 +134,23 @@ def attention_weights(
     return F.dropout(probabilities, weights.attention_dropout)
 
 
+def _project_together(hidden: Tensor, weights: LayerWeights) -> Tensor | None:
+    """``[T, E]`` -> ``[T, 3, H, D]`` where one product makes q, k and v, else None."""
+    qkv = weights.qkv
+    if isinstance(qkv, Linear):
+        out = ops.linear(hidden, qkv.weight, qkv.bias)
+    elif isinstance(qkv, Stacked):
+        out = ops.linear_stacked(hidden, *qkv)
+    else:
+        return None
+    return out.unflatten(-1, (3, -1, weights.head_size))
+
+
 def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
     """``[T, E]`` -> q, k, v ``[T, H, D]``."""
-    if isinstance(weights.qkv, Linear):
-        qkv = ops.linear(hidden, weights.qkv.weight, weights.qkv.bias)
-        return qkv.unflatten(-1, (3, -1, weights.head_size)).unbind(1)
+    qkv = _project_together(hidden, weights)
+    if qkv is not None:
+        return qkv.unbind(1)
     q, k, v = (
         _project(hidden, projection).unflatten(-1, (-1, weights.head_size))
         for projection in weights.qkv
@@ -120,14 +158,16 @@ def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch | PaddedBatch, dropout_p: float
-) -> Tensor:
-    """``[T, H, D]`` each -> ``[T, E]``."""
+def _attend(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> Tensor:
+    """The context of every token, ``[T, E]`` -> ``[T, E]``."""
+    p = weights.attention_dropout
     if isinstance(batch, PackedBatch):
-        return ops.attention_varlen(q, k, v, batch, dropout_p=dropout_p).flatten(1)
-    q, k, v = (batch.view(t).transpose(1, 2) for t in (q, k, v))
-    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, dropout_p=dropout_p)
+        qkv = _project_together(hidden, weights)
+        if qkv is not None:
+            return ops.attention_qkv(qkv, batch, dropout_p=p).flatten(1)
+        return ops.attention_varlen(*_project_heads(hidden, weights), batch, dropout_p=p).flatten(1)
+    q, k, v = (batch.view(t).transpose(1, 2) for t in _project_heads(hidden, weights))
+    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, dropout_p=p)
     return context.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
@@ -152,11 +192,14 @@ def _add_norm(
     dropout_p: float,
 ) -> Tensor:
     """``norm(dropout(projection(x)) + residual)``."""
-    if isinstance(projection, Linear) and isinstance(norm, Norm) and dropout_p == 0.0:
+    if isinstance(projection, Linear) and isinstance(norm, Norm):
         return ops.linear_add_norm(
-            x, projection.weight, projection.bias, residual, norm.weight, norm.bias, eps=norm.eps
+            x, projection.weight, projection.bias, residual, norm.weight, norm.bias, eps=norm.eps,
+            dropout_p=dropout_p,
+        )  # fmt: skip
+    out = _project(x, projection)
+    if isinstance(norm, Norm):
+        return ops.layer_norm(
+            out, norm.weight, norm.bias, eps=norm.eps, residual=residual, dropout_p=dropout_p
         )
-    out = F.dropout(_project(x, projection), dropout_p)
-    if not isinstance(norm, Norm):
-        return norm(out + residual)
-    return ops.layer_norm(out, norm.weight, norm.bias, eps=norm.eps, residual=residual)
+    return norm(F.dropout(out, dropout_p) + residual)

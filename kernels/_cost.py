@@ -20,7 +20,7 @@ __all__ = [
     "layernorm_bwd_cost",
     "layernorm_cost",
     "linear_cost",
-    "softmax_cost",
+    "rows_cost",
 ]
 
 
@@ -61,19 +61,21 @@ def attention_bwd_cost(
     return Cost(10.0 * pairs * num_heads * head_dim, 8.0 * tokens * num_heads * head_dim * itemsize)
 
 
-def softmax_cost(rows: int, width: int, itemsize: int) -> Cost:
-    """One tensor in, one out."""
-    return Cost(0.0, 2.0 * rows * width * itemsize)
+def rows_cost(rows: int, width: int, itemsize: int, tensors: int) -> Cost:
+    """So many tensors ``[rows, width]`` in or out, once each."""
+    return Cost(0.0, float(tensors * rows * width * itemsize))
 
 
-def layernorm_cost(rows: int, width: int, itemsize: int, *, residual: bool = False) -> Cost:
-    """x and perhaps a residual in, y out; weights and statistics are small."""
-    return Cost(0.0, (3.0 if residual else 2.0) * rows * width * itemsize)
+def layernorm_cost(
+    rows: int, width: int, itemsize: int, *, residual: bool = False, keep_sum: bool = False
+) -> Cost:
+    """x and perhaps a residual in, y and perhaps the sum out; the rest is small."""
+    return rows_cost(rows, width, itemsize, 2 + residual + keep_sum)
 
 
-def layernorm_bwd_cost(rows: int, width: int, itemsize: int) -> Cost:
-    """dy and x in, dx out."""
-    return Cost(0.0, 3.0 * rows * width * itemsize)
+def layernorm_bwd_cost(rows: int, width: int, itemsize: int, *, residual: bool = False) -> Cost:
+    """dy and the sum in, dx and perhaps another gradient of the residual out."""
+    return rows_cost(rows, width, itemsize, 3 + residual)
 
 
 def embedding_cost(tokens: int, width: int, itemsize: int) -> Cost:

@@ -20,13 +20,17 @@ import torch
 
 __all__ = [
     "ARCHITECTURES",
+    "AttentionBwdTiles",
     "AttentionTile",
     "GemmTile",
     "RowTile",
+    "attention_bwd_tiles",
     "attention_tile",
     "attention_tiles",
     "bias_activation_tile",
+    "cross_entropy_tile",
     "gemm_tile",
+    "layernorm_bwd_tile",
     "layernorm_tile",
     "linear_route",
     "softmax_tile",
@@ -48,6 +52,18 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     single: bool
+
+
+@dataclass(frozen=True)
+class AttentionBwdTiles:
+    """The tiles of backward: one program for a whole sequence where it fits, else two kernels;
+    and the kernel for the gradient of a bias."""
+
+    whole: AttentionTile
+    dq: AttentionTile
+    dkdv: AttentionTile
+    bias: AttentionTile
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,7 @@ _HOPPER: dict[bool, dict[int, _Tiles]] = {
     False: {
         16: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
         32: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
-        64: ((64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 8, 3)),
+        64: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 64, 8, 3)),
         128: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 64, 8, 2)),
     },
     True: {
@@ -207,6 +223,88 @@ def attention_tiles(
     return list(dict.fromkeys(tiles))
 
 
+# Padded head size -> (block_m, block_n, warps, stages) of the kernels whole, dq, dkdv and bias.
+_BwdTiles = dict[int, _Tiles]
+_AMPERE_BWD: dict[bool, _BwdTiles] = {
+    False: {
+        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((64, 64, 4, 1), (128, 64, 8, 2), (64, 128, 8, 3), (64, 32, 8, 1)),
+        64: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (64, 64, 8, 1)),
+        128: ((64, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    True: {
+        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (64, 32, 8, 1)),
+        64: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 1)),
+        128: ((64, 64, 8, 1), (32, 32, 4, 2), (32, 16, 4, 1), (32, 32, 8, 1)),
+    },
+}
+_ADA_BWD: dict[bool, _BwdTiles] = {
+    False: {
+        **_AMPERE_BWD[False],
+        64: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
+    },
+    True: {
+        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
+        64: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 1)),
+        128: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1)),
+    },
+}
+_HOPPER_BWD: dict[bool, _BwdTiles] = {
+    False: {
+        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        64: ((64, 64, 4, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        128: ((64, 64, 4, 1), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+    },
+    True: {
+        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        64: ((64, 64, 4, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        128: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
+    },
+}
+_ATTENTION_BWD = {80: _AMPERE_BWD, 89: _ADA_BWD, 90: _HOPPER_BWD}
+_FP32_BWD: _BwdTiles = {
+    16: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    32: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+    64: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
+    128: ((16, 32, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
+}
+_ATTENTION_BWD_FP32: dict[bool, _BwdTiles] = {
+    False: _FP32_BWD,
+    True: {**_FP32_BWD, 128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1))},
+}
+
+
+def attention_bwd_tiles(
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    arch: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    has_bias: bool = False,
+) -> AttentionBwdTiles:
+    """The tiles of backward for a batch whose longest sequences have these lengths."""
+    block_d = max(16, next_power_of_2(head_dim))
+    if dtype.itemsize == 2:
+        chosen = _ATTENTION_BWD[_known(arch)][has_bias][block_d]
+    else:
+        chosen = _ATTENTION_BWD_FP32[has_bias][block_d]
+    slot = f"attention backward D{block_d} {8 * dtype.itemsize} bit{' bias' if has_bias else ''}"
+    parts = {
+        part: _choose(
+            f"{slot} {part}", arch, AttentionTile(m, n, block_d, warps, stages, part == "whole")
+        )
+        for part, (m, n, warps, stages) in zip(("whole", "dq", "dkdv", "bias"), chosen, strict=True)
+    }
+    whole = parts["whole"]
+    fits = max_seqlen_q <= whole.block_m and max_seqlen_k <= whole.block_n
+    return AttentionBwdTiles(**parts, is_whole=fits)
+
+
 _GEMM = {
     80: GemmTile(128, 128, 64, 8, 8, 3),
     89: GemmTile(64, 128, 64, 8, 4, 3),
@@ -241,12 +339,28 @@ def layernorm_tile(width: int, arch: int) -> RowTile:
     return _choose(f"layernorm {block_n}", arch, RowTile(rows, block_n, num_warps))
 
 
+def layernorm_bwd_tile(width: int, arch: int) -> RowTile:
+    """About 1024 values a step: three sums of the width of a row stay in registers too."""
+    block_n = next_power_of_2(width)
+    num_warps = 4 if block_n <= 1024 else 8 if block_n <= 2048 else 16
+    tile = RowTile(max(1, min(8, 1024 // block_n)), block_n, num_warps)
+    return _choose(f"layernorm backward {block_n}", arch, tile)
+
+
 def softmax_tile(width: int, arch: int) -> RowTile:
     """Several short rows a program, one long row."""
     block_n = max(16, next_power_of_2(width))
     rows = max(1, min(32, 2048 // block_n))
     tile = RowTile(rows, block_n, 4 if block_n <= 2048 else 8)
     return _choose(f"softmax {block_n}", arch, tile)
+
+
+def cross_entropy_tile(width: int, arch: int) -> RowTile:
+    """One row a program, in strips."""
+    block_n = min(4096, next_power_of_2(width))
+    return _choose(
+        f"cross entropy {block_n}", arch, RowTile(1, block_n, 8 if block_n > 1024 else 4)
+    )
 
 
 def bias_activation_tile(width: int, arch: int) -> RowTile:

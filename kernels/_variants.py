@@ -13,16 +13,29 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _cost, attention, embedding, layernorm, linear, softmax
+from . import (
+    _cost,
+    attention,
+    attention_bias_bwd,
+    attention_bwd,
+    cross_entropy,
+    embedding,
+    layernorm,
+    linear,
+    softmax,
+)
 from ._common import ACTIVATIONS
 from ._cost import Cost
 from ._tiles import (
     AttentionTile,
     GemmTile,
     RowTile,
+    attention_bwd_tiles,
     attention_tiles,
     bias_activation_tile,
+    cross_entropy_tile,
     gemm_tile,
+    layernorm_bwd_tile,
     layernorm_tile,
     softmax_tile,
 )
@@ -79,7 +92,7 @@ class Kernel:
 
 def _signature(kernel, pointers: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
     """Types of all arguments: given for pointers, fp32 for scalars of the mathematics, else i32."""
-    scalars = {"scale": "fp32", "scale_log2": "fp32", "eps": "fp32"}
+    scalars = dict.fromkeys(("scale", "scale_log2", "dropout_scale", "eps", "smoothing"), "fp32")
     return {
         name: pointers.get(name) or scalars.get(name, "i32")
         for name in kernel.arg_names
@@ -114,30 +127,52 @@ def _changed(tiles: list[Tile], fields: dict[str, int]) -> list[Tile]:
     return list(dict.fromkeys(dataclasses.replace(tile, **fields) for tile in tiles))
 
 
-def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tuple]:
+    """What is there besides q, k and v, what not, for which head sizes, what else is constant.
+
+    Backward has four kernels to compile for each: it leaves out head sizes that share a tile, and
+    forms that another one contains.
+    """
     maps = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "tile_map_ptr")
-    masks = ("key_mask_ptr", "bias_ptr")
+    packed = (dict.fromkeys(maps, "*i32"), ("key_mask_ptr", "bias_ptr", "seed_ptr"))
+    masked = ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr", "seed_ptr"))
+    biased = ({"key_mask_ptr": "*i1", "bias_ptr": None}, (*maps, "seed_ptr"))
+    own = (16, 32, 64, 128)  # one for each row of the tables
+    forms = {
+        "packed": (*packed, (16, 32, 64, 96, 128) if backward else (16, 32, 64, 80, 96, 128), {}),
+        "padded, mask": (*masked, (64,) if backward else (32, 64, 128), {}),
+        # The compiler takes a stride of 1 as a constant.
+        "padded, mask and bias": (*biased, (64,) if backward else own, {"stride_bias_k": 1}),
+        "padded, mask and bias per query": (*biased, own, {}),
+    }
+    for form, head_dims, bits in (
+        ("packed", own, 8),
+        ("packed", (64,), 16),
+        ("padded, mask", () if backward else (64,), 8),
+        ("padded, mask and bias per query", own, 8),
+    ):
+        extra, none = forms[form][:2]
+        none = tuple(name for name in none if name != "seed_ptr")
+        extra = {**extra, "seed_ptr": "*i64"}
+        forms[f"{form}, dropout {bits} bit"] = (extra, none, head_dims, {"DROPOUT_BITS": bits})
+    if dtype == torch.float32:
+        dims = (64, 128) if backward else (32, 64, 128)
+        forms["packed, tf32"] = (*packed, dims, {"INPUT_PRECISION": "tf32"})
+    return forms
+
+
+def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
     tensors = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"))
     tensors["lse_ptr"] = "*fp32"
-    with_bias = ({"key_mask_ptr": "*i1", "bias_ptr": None}, maps)
-    forms = {  # what is there besides q, k and v, for which head sizes, what else is constant
-        "packed": (dict.fromkeys(maps, "*i32"), masks, (16, 32, 64, 80, 96, 128), {}),
-        "padded, mask": ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr"), (32, 64, 128), {}),
-        # The compiler takes a stride of 1 as a constant.
-        "padded, mask and bias": (*with_bias, (16, 32, 64, 128), {"stride_bias_k": 1}),
-        "padded, mask and bias per query": (*with_bias, (16, 32, 64, 128), {}),
-    }
-    if dtype == torch.float32:
-        packed = forms["packed"][:2]
-        forms["packed, tf32"] = (*packed, (32, 64, 128), {"INPUT_PRECISION": "tf32"})
-    for form, (extra, none, head_dims, also) in forms.items():
+    for form, (extra, none, head_dims, also) in _attention_forms(dtype).items():
         for head_dim in head_dims:
             tiles = attention_tiles(arch, dtype, head_dim, "bias_ptr" in extra)
             for tile in _changed(tiles, fields):
                 constants = {
                     "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                     "BLOCK_D": tile.block_d, "SINGLE": tile.single,
-                    "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee", **also,
+                    "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee",
+                    "DROPOUT_BITS": 0, **also,
                 }  # fmt: skip
                 step = "single" if tile.single else "online"
                 label = f"D{head_dim} {tile.block_m}x{tile.block_n} {step} {form}"
@@ -150,6 +185,47 @@ def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
                 )  # fmt: skip
 
 
+def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    rows = ("dq_ptr", "dk_ptr", "dv_ptr", "do_ptr", "out_ptr", "q_ptr", "k_ptr", "v_ptr")
+    tensors = {**dict.fromkeys(rows), **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")}
+    kernels = {
+        "whole": attention_bwd._attention_bwd_kernel_whole,
+        "dq": attention_bwd._attention_bwd_kernel_dq,
+        "dkdv": attention_bwd._attention_bwd_kernel_dkdv,
+        "bias": attention_bias_bwd._attention_bwd_kernel_bias,
+    }
+    reload = {"RELOAD": dtype == torch.float32}
+    sums = {"SUM_SEQUENCES": True, "SUM_HEADS": False}
+    only = {"whole": {}, "dq": reload, "dkdv": reload, "bias": sums}
+    for form, (extra, none, head_dims, also) in _attention_forms(dtype, backward=True).items():
+        for head_dim in head_dims:
+            tiles = attention_bwd_tiles(
+                head_dim=head_dim, dtype=dtype, arch=arch, max_seqlen_q=1, max_seqlen_k=1,
+                has_bias="bias_ptr" in extra,
+            )  # fmt: skip
+            for part, kernel in kernels.items():
+                if part == "bias" and "bias_ptr" not in extra:
+                    continue
+                names = kernel.arg_names
+                for tile in _changed([getattr(tiles, part)], fields):
+                    constants = {
+                        "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                        "BLOCK_D": tile.block_d, "INPUT_PRECISION": "ieee", "DROPOUT_BITS": 0,
+                        **only[part], **also,
+                    }  # fmt: skip
+                    pointers = {**tensors, **extra, "dbias_ptr": "*fp32"}
+                    length = tile.block_m if part == "whole" else 512
+                    cost = _cost.attention_bwd_cost([length] * 64, 12, head_dim, dtype.itemsize)
+                    yield _variant(
+                        kernel, f"D{head_dim} {tile.block_m}x{tile.block_n} {form}", arch, dtype,
+                        {n: t for n, t in pointers.items() if n in names},
+                        [n for n in none if n in names],
+                        constants, tile, (tile.block_m * tile.block_n, "score"),
+                        (f"64 sequences of {length}, 12 heads, all of backward", cost),
+                        has_dot=True,
+                    )  # fmt: skip
+
+
 _ROWS = 32768
 _WIDTHS = (32, 384, 768, 1024, 4096, 8192)
 
@@ -157,17 +233,55 @@ _WIDTHS = (32, 384, 768, 1024, 4096, 8192)
 def _layernorm(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
     rows = ("y_ptr", "x_ptr", "residual_ptr", "input_bias_ptr", "weight_ptr", "bias_ptr")
     tensors = {**dict.fromkeys(rows), "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    training = {**tensors, "z_ptr": None, "seed_ptr": "*i64"}
+    forms = {  # what there is, what not
+        "residual and bias": (tensors, ("z_ptr", "seed_ptr")),
+        "plain": (tensors, ("z_ptr", "seed_ptr", "residual_ptr", "input_bias_ptr")),
+        "residual, bias, dropout, sum": (training, ()),
+    }
     for width in _WIDTHS:
         for tile in _changed([layernorm_tile(width, arch)], fields):
             constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
-            for none in ((), ("residual_ptr", "input_bias_ptr")):
-                cost = _cost.layernorm_cost(_ROWS, width, dtype.itemsize, residual=not none)
+            for form, (given, none) in forms.items():
+                cost = _cost.layernorm_cost(
+                    _ROWS, width, dtype.itemsize, residual=form != "plain", keep_sum=not none
+                )
                 yield _variant(
-                    layernorm._layernorm_fwd_kernel,
-                    f"N{width} {'plain' if none else 'residual and bias'}", arch, dtype, tensors,
+                    layernorm._layernorm_fwd_kernel, f"N{width} {form}", arch, dtype, given,
                     none, constants, tile, (tile.rows * tile.block_n, "value"),
                     (f"{_ROWS} rows of {width}", cost),
                 )  # fmt: skip
+
+
+def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    tensors = {**dict.fromkeys(("dx_ptr", "dy_ptr", "z_ptr", "weight_ptr")), **statistics}
+    tensors |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32"}
+    forms = {
+        "dropout": ({"dinput_bias_ptr": "*fp32", "dresidual_ptr": None, "seed_ptr": "*i64"}, ()),
+        "plain": ({}, ("dinput_bias_ptr", "dresidual_ptr", "seed_ptr")),
+    }
+    for width in _WIDTHS:
+        for tile in _changed([layernorm_bwd_tile(width, arch)], fields):
+            constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            work = (tile.rows * tile.block_n, "value")
+            for form, (extra, none) in forms.items():
+                cost = _cost.layernorm_bwd_cost(
+                    _ROWS, width, dtype.itemsize, residual=form == "dropout"
+                )
+                yield _variant(
+                    layernorm._layernorm_bwd_kernel, f"N{width} {form}", arch, dtype,
+                    {**tensors, **extra}, none, constants, tile, work,
+                    (f"{_ROWS} rows of {width}", cost),
+                )  # fmt: skip
+        for tile in _changed([layernorm_tile(width, arch)], fields):
+            yield _variant(
+                layernorm._layernorm_again_kernel, f"N{width}", arch, dtype,
+                {**dict.fromkeys(("y_ptr", "z_ptr", "weight_ptr", "bias_ptr")), **statistics}, (),
+                {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}, tile,
+                (tile.rows * tile.block_n, "value"),
+                (f"{_ROWS} rows of {width}", _cost.layernorm_cost(_ROWS, width, dtype.itemsize)),
+            )  # fmt: skip
 
 
 def _embedding(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
@@ -178,11 +292,13 @@ def _embedding(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
     for width in _WIDTHS:
         for tile in _changed([layernorm_tile(width, arch)], fields):
             constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
-            yield _variant(
-                embedding._embedding_fwd_kernel, f"N{width}", arch, dtype, tensors, (), constants,
-                tile, (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} tokens", _cost.embedding_cost(_ROWS, width, dtype.itemsize)),
-            )  # fmt: skip
+            for form, none in (("", ("z_ptr",)), (" sum", ())):
+                yield _variant(
+                    embedding._embedding_fwd_kernel, f"N{width}{form}", arch, dtype,
+                    {**tensors, "z_ptr": None}, none, constants,
+                    tile, (tile.rows * tile.block_n, "value"),
+                    (f"{_ROWS} tokens", _cost.embedding_cost(_ROWS, width, dtype.itemsize)),
+                )  # fmt: skip
 
 
 def _softmax(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
@@ -197,8 +313,20 @@ def _softmax(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[
                     {**tensors, "mask_ptr": kind}, (), {**constants, "IS_BOOL": is_bool}, tile,
                     (tile.rows * tile.block_n, "value"),
                     (f"{_ROWS} rows of {width}",
-                     _cost.softmax_cost(_ROWS, width, dtype.itemsize)),
+                     _cost.rows_cost(_ROWS, width, dtype.itemsize, 2)),
                 )  # fmt: skip
+
+
+def _softmax_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    for width in (16, 128, 512, 8192):
+        for tile in _changed([softmax_tile(width, arch)], fields):
+            yield _variant(
+                softmax._softmax_bwd_kernel, f"N{width}", arch, dtype,
+                dict.fromkeys(("dx_ptr", "dy_ptr", "y_ptr")), (),
+                {"ROWS": tile.rows, "BLOCK_N": tile.block_n}, tile,
+                (tile.rows * tile.block_n, "value"),
+                (f"{_ROWS} rows of {width}", _cost.rows_cost(_ROWS, width, dtype.itemsize, 3)),
+            )  # fmt: skip
 
 
 def _linear(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
@@ -223,7 +351,7 @@ def _linear(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[V
 
 
 def _bias_activation(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
-    tensors = dict.fromkeys(("x_ptr", "bias_ptr"))
+    tensors = dict.fromkeys(("y_ptr", "x_ptr", "bias_ptr"))
     for activation in ACTIVATIONS:
         for tile in _changed([bias_activation_tile(3072, arch)], fields):
             constants = {
@@ -233,8 +361,37 @@ def _bias_activation(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> I
             yield _variant(
                 linear._bias_activation_fwd_kernel, activation, arch, dtype, tensors, (),
                 constants, tile, (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} rows of 3072", _cost.softmax_cost(_ROWS, 3072, dtype.itemsize)),
+                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 2)),
             )  # fmt: skip
+
+
+def _activation_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    tensors = {**dict.fromkeys(("dx_ptr", "y_ptr", "dy_ptr", "x_ptr")), "dbias_ptr": "*fp32"}
+    for activation in ACTIVATIONS:
+        for tile in _changed([bias_activation_tile(3072, arch)], fields):
+            constants = {
+                "ACTIVATION": activation, "SHORT_ERF": dtype.itemsize == 2, "N": 3072,
+                "ROWS": tile.rows, "BLOCK_N": tile.block_n,
+            }  # fmt: skip
+            yield _variant(
+                linear._activation_bwd_kernel, activation, arch, dtype, tensors, (),
+                constants, tile, (tile.rows * tile.block_n, "value"),
+                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 4)),
+            )  # fmt: skip
+
+
+def _cross_entropy(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
+    tensors = {**dict.fromkeys(("x_ptr", "bias_ptr")), "loss_ptr": "*fp32", "labels_ptr": "*i64"}
+    for width in (2, 30522, 119547):
+        for tile in _changed([cross_entropy_tile(width, arch)], fields):
+            for gradient in (True, False):
+                cost = _cost.rows_cost(1024, width, dtype.itemsize, 2 if gradient else 1)
+                yield _variant(
+                    cross_entropy._cross_entropy_kernel,
+                    f"V{width} {'with' if gradient else 'without'} gradient", arch, dtype, tensors,
+                    (), {"N": width, "GRADIENT": gradient, "BLOCK_N": tile.block_n}, tile,
+                    (tile.block_n, "value"), (f"1024 rows of {width}", cost),
+                )  # fmt: skip
 
 
 KERNELS = {
@@ -242,9 +399,20 @@ KERNELS = {
         "softmax(q k^T * scale + bias) v", attention, "attention_varlen, attention",
         AttentionTile, _attention,
     ),
+    "attention_bwd": Kernel(
+        "gradients of q, k, v and bias", attention_bwd, "attention_varlen, attention",
+        AttentionTile, _attention_bwd,
+    ),
     "softmax": Kernel("softmax(x * scale + mask) by row", softmax, "softmax", RowTile, _softmax),
+    "softmax_bwd": Kernel(
+        "gradients of x and mask", softmax, "softmax", RowTile, _softmax_bwd
+    ),
     "layernorm": Kernel(
-        "norm(x + residual + bias)", layernorm, "layer_norm", RowTile, _layernorm
+        "norm(dropout(x + bias) + residual)", layernorm, "layer_norm", RowTile, _layernorm
+    ),
+    "layernorm_bwd": Kernel(
+        "gradients of all its inputs; y again", layernorm, "layer_norm, embed", RowTile,
+        _layernorm_bwd,
     ),
     "embedding": Kernel(
         "norm(word + position + token type)", embedding, "embed", RowTile, _embedding
@@ -253,6 +421,14 @@ KERNELS = {
     "bias_activation": Kernel(
         "act(x + bias) in place, behind a library product", linear, "linear, activate", RowTile,
         _bias_activation,
+    ),
+    "activation_bwd": Kernel(
+        "gradients of x and bias, act(x) again", linear, "feed_forward, linear", RowTile,
+        _activation_bwd,
+    ),
+    "cross_entropy": Kernel(
+        "losses of logits, and their gradient in place", cross_entropy, "linear_cross_entropy",
+        RowTile, _cross_entropy,
     ),
 }  # fmt: skip
 

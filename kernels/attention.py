@@ -15,7 +15,7 @@ instruction less for every score. So the scale must be positive.
 
 Kept for backward: the log-sum-exp of each row, fp32, in log2 units, ``-inf`` for a row without a
 key. Such a row gives zeros. Scores and statistics are fp32; p is rounded to v's dtype before the
-second product.
+second product. Dropout (`_dropout.py`) drops weights after their sum was taken.
 """
 
 import torch
@@ -24,13 +24,15 @@ import triton.language as tl
 
 from ._common import LOG2E
 from ._device import device_arch, input_precision, on_device
+from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._tiles import AttentionTile, attention_tile
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
+# For backward too: load_lse, load_rows, locate, mask_scores, strides_of, weights.
 
 
 @triton.jit
-def _load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
+def load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):  # fmt: skip
     """[rows, BLOCK_D], zeros outside; no mask at all where none is needed."""
     ptrs = ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs_d[None, :]
@@ -48,35 +50,51 @@ def _load_rows(ptr, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
+def load_lse(lse_ptr, offs_m, length):
+    """The log-sum-exp of rows; +inf, which makes every weight 0, where there is no row or key."""
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < length, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q,
+                len_k, scale_log2, CHECK_KEYS: tl.constexpr):  # fmt: skip
+    """Scores with -inf where a query may not look; ``rows`` and ``columns`` are expanded like
+    ``s``, either way round.
+
+    As they came without a bias; scaled and in log2 units with one.
+    """
+    if bias_ptr is not None:
+        bias_ptrs = (
+            bias_ptr + rows.to(tl.int64) * stride_bias_q + columns.to(tl.int64) * stride_bias_k
+        )
+        if CHECK_KEYS:
+            bias = tl.load(bias_ptrs, mask=(rows < len_q) & (columns < len_k), other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=rows < len_q, other=0.0)
+        s = s * scale_log2 + bias.to(tl.float32) * LOG2E
+    if key_mask_ptr is not None:
+        keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+        s = tl.where(keep != 0, s, float("-inf"))
+    elif CHECK_KEYS:
+        s = tl.where(columns < len_k, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             CHECK_KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of scores, [BLOCK_M, BLOCK_N], -inf where a query may not look.
+    """One masked tile of scores, [BLOCK_M, BLOCK_N].
 
-    As the product gives them without a bias; scaled and in log2 units with one. Pointers are at the
-    tile's first query and key; ``len_q`` and ``len_k`` count from there.
+    Pointers are at the tile's first query and key; ``len_q`` and ``len_k`` count from there.
     """
-    k = _load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+    k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    mask_n = offs_n < len_k
-    if bias_ptr is not None:
-        bias_ptrs = (
-            bias_ptr
-            + offs_m.to(tl.int64)[:, None] * stride_bias_q
-            + offs_n.to(tl.int64)[None, :] * stride_bias_k
-        )
-        mask_m = offs_m < len_q
-        if CHECK_KEYS:
-            bias = tl.load(bias_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        else:
-            bias = tl.load(bias_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, BLOCK_N]
-        s = s * scale_log2 + bias.to(tl.float32) * LOG2E
-    if key_mask_ptr is not None:
-        keep = tl.load(key_mask_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]
-        s = tl.where((keep != 0)[None, :], s, float("-inf"))
-    elif CHECK_KEYS:
-        s = tl.where(mask_n[None, :], s, float("-inf"))
-    return s
+    return mask_scores(
+        s, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q, stride_bias_k,
+        len_q, len_k, scale_log2, CHECK_KEYS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -89,19 +107,20 @@ def _highest(s, scale_log2, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _weights(s, pivot, scale_log2, SCALED: tl.constexpr):
+def weights(s, pivot, scale_log2, SCALED: tl.constexpr):
     """``exp2(scores - pivot)``; scale and subtraction are one operation with one rounding."""
     if SCALED:
-        return tl.exp2(s - pivot[:, None])
+        return tl.exp2(s - pivot)
     else:
-        return tl.exp2(tl.fma(s, scale_log2, -pivot[:, None]))
+        return tl.exp2(tl.fma(s, scale_log2, -pivot))
 
 
 @triton.jit
 def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                  stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
+                 key_0, key_1, first_m, first_n, dropout_threshold,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
-                 INPUT_PRECISION: tl.constexpr):  # fmt: skip
+                 DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """Takes one tile of keys into the running maximum, sum and output."""
     s = _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
                 stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM, BLOCK_D, CHECK_KEYS,
@@ -112,17 +131,21 @@ def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m,
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite where no key was seen yet
     else:
         pivot = m_new
-    p = _weights(s, pivot, scale_log2, SCALED)
+    p = weights(s, pivot[:, None], scale_log2, SCALED)
     alpha = tl.exp2(m_i - pivot)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = _load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
+    if DROPOUT_BITS:
+        keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,
+                           dropout_threshold, DROPOUT_BITS)  # fmt: skip
+        p = tl.where(keep, p, 0.0)
+    v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
     return acc, m_new, l_i
 
 
 @triton.jit
-def _locate(tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence, len_q, len_k):
+def locate(tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence, len_q, len_k):
     """Which tile this program has: (sequence, tile, first q row, first k row, lengths)."""
     pid = tl.program_id(0)
     if tile_map_ptr is not None:
@@ -140,12 +163,14 @@ def _locate(tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence
 
 
 @triton.jit
-def _store(
-    out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, HEAD_DIM: tl.constexpr
-):
+def _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, dropout_scale,
+           HEAD_DIM: tl.constexpr, DROPOUT_BITS: tl.constexpr):  # fmt: skip
     mask_m = offs_m < seq_q
     safe = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: zeros, log-sum-exp -inf
-    out = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
+    acc = acc / safe[:, None]
+    if DROPOUT_BITS:
+        acc *= dropout_scale
+    out = acc.to(out_ptr.dtype.element_ty)
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_o_t + offs_d[None, :]
     tl.store(out_ptrs, out, mask=mask)
@@ -158,6 +183,7 @@ def _store(
 @triton.jit(
     do_not_specialize=[
         "stride_lse_b", "stride_lse_h", "stride_mask_b", "tiles_per_sequence", "len_q", "len_k",
+        "dropout_threshold",
     ]
 )  # fmt: skip
 def _attention_fwd_kernel(
@@ -166,6 +192,7 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     key_mask_ptr,  # [B, Sk] or None
     bias_ptr,  # [B, H, Sq, Sk] by strides or None
+    seed_ptr,  # [1] int64, read with dropout only
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # [B + 1] or None
     tile_map_ptr,  # [tiles, 2] or None
     stride_o_b, stride_o_t, stride_o_h,
@@ -176,12 +203,13 @@ def _attention_fwd_kernel(
     stride_mask_b,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     tiles_per_sequence, len_q, len_k,
-    scale_log2,
+    scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SINGLE: tl.constexpr, RELOAD_Q: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, RELOAD_Q: tl.constexpr, DROPOUT_BITS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, tile, q_start, k_start, seq_q, seq_k = _locate(
+    sequence, tile, q_start, k_start, seq_q, seq_k = locate(
         tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tiles_per_sequence, len_q, len_k
     )
     head = tl.program_id(1).to(tl.int64)
@@ -197,10 +225,13 @@ def _attention_fwd_kernel(
     if bias_ptr is not None:
         bias_ptr += sequence * stride_bias_b + head * stride_bias_h + first_m * stride_bias_q
 
+    key_0, key_1 = 0, 0
+    if DROPOUT_BITS:
+        key_0, key_1 = dropout_keys(seed_ptr, sequence, head)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
     if SINGLE:
         s = _scores(
             q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
@@ -209,22 +240,29 @@ def _attention_fwd_kernel(
         SCALED: tl.constexpr = bias_ptr is not None
         m_i = _highest(s, scale_log2, SCALED)  # [BLOCK_M]
         pivot = tl.where(m_i == float("-inf"), 0.0, m_i)
-        p = _weights(s, pivot, scale_log2, SCALED)  # [BLOCK_M, BLOCK_N]
+        p = weights(s, pivot[:, None], scale_log2, SCALED)  # [BLOCK_M, BLOCK_N]
         l_i = tl.sum(p, 1)
-        v = _load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
+        if DROPOUT_BITS:
+            keep = keep_scores(
+                key_0, key_1, offs_m[:, None], tile * BLOCK_M, offs_n[None, :], 0,
+                dropout_threshold, DROPOUT_BITS,
+            )  # fmt: skip
+            p = tl.where(keep, p, 0.0)
+        v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_D]
     else:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         step = tl.full([], BLOCK_N, tl.int64)
-        for _ in range(seq_k // BLOCK_N):
+        for i in range(seq_k // BLOCK_N):
             if RELOAD_Q:
-                q = _load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
+                q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
-                HEAD_DIM, BLOCK_D, False, INPUT_PRECISION,
+                key_0, key_1, tile * BLOCK_M, i * BLOCK_N, dropout_threshold,
+                HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
             k_ptr += step * stride_k_t
             v_ptr += step * stride_v_t
@@ -237,9 +275,20 @@ def _attention_fwd_kernel(
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
-                HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
+                key_0, key_1, tile * BLOCK_M, seq_k - rest, dropout_threshold,
+                HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
-    _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, HEAD_DIM)
+    _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, dropout_scale,
+           HEAD_DIM, DROPOUT_BITS)  # fmt: skip
+
+
+def strides_of(t: torch.Tensor | None) -> tuple[int, int, int]:
+    """Strides of sequences, rows and heads, of ``[T, H, D]`` or ``[B, H, S, D]``."""
+    if t is None:
+        return 0, 0, 0
+    if t.dim() == 3:
+        return 0, t.stride(0), t.stride(1)
+    return t.stride(0), t.stride(2), t.stride(1)
 
 
 def attention_varlen_fwd(
@@ -252,6 +301,8 @@ def attention_varlen_fwd(
     tile: AttentionTile,
     *,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed attention.
 
@@ -261,6 +312,7 @@ def attention_varlen_fwd(
         tile_map: int32 ``[tiles, 2]``, (sequence, tile) pairs for ``tile.block_m``.
         tile: from `fastbert.kernels._tiles.attention_tile` for the longest sequence.
         scale: factor for the scores, positive.
+        dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
 
     Returns:
         ``[Tq, H, D]`` contiguous, and the log-sum-exp in log2 units, fp32 ``[H, Tq]``.
@@ -268,17 +320,11 @@ def attention_varlen_fwd(
     total, num_heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
-    if tile_map.shape[0] == 0 or num_heads == 0:
-        return out, lse
-    strides = (
-        0, out.stride(0), out.stride(1), 0, lse.stride(0),
-        0, q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
-        0, 0, 0, 0, 0,
-    )  # fmt: skip
-    _launch(
-        out, lse, q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, tile_map, strides,
-        (tile_map.shape[0], num_heads), (1, 0, 0), scale, tile,
-    )  # fmt: skip
+    if tile_map.shape[0] and num_heads:
+        _launch(
+            out, lse, q, k, v, None, None, seed, (cu_seqlens_q, cu_seqlens_k, tile_map),
+            (tile_map.shape[0], num_heads), (1, 0, 0), scale, dropout_p, tile,
+        )  # fmt: skip
     return out, lse
 
 
@@ -290,6 +336,8 @@ def attention_padded_fwd(
     bias: torch.Tensor | None,
     *,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded attention.
 
@@ -298,6 +346,7 @@ def attention_padded_fwd(
         key_mask: bool ``[B, Sk]``, True to attend, or None.
         bias: floating, expanded to ``[B, H, Sq, Sk]``, or None.
         scale: factor for the scores, positive.
+        dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
 
     Returns:
         ``[B, H, Sq, D]`` as a view of a contiguous ``[B, Sq, H, D]``, and the log-sum-exp in log2
@@ -309,41 +358,35 @@ def attention_padded_fwd(
     lse = torch.empty(batch_size, num_heads, len_q, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if key_mask is not None:
-        key_mask = key_mask.contiguous()
     tile = attention_tile(
         head_dim=head_dim, dtype=q.dtype, arch=device_arch(q.device),
         max_seqlen_q=len_q, max_seqlen_k=len_k, has_bias=bias is not None,
     )  # fmt: skip
-    strides = (
-        out.stride(0), out.stride(2), out.stride(1), lse.stride(0), lse.stride(1),
-        q.stride(0), q.stride(2), q.stride(1),
-        k.stride(0), k.stride(2), k.stride(1),
-        v.stride(0), v.stride(2), v.stride(1),
-        0 if key_mask is None else key_mask.stride(0),
-        *((0, 0, 0, 0) if bias is None else bias.stride()),
-    )  # fmt: skip
     tiles = triton.cdiv(len_q, tile.block_m)
     _launch(
-        out, lse, q, k, v, key_mask, bias, None, None, None, strides,
-        (batch_size * tiles, num_heads), (tiles, len_q, len_k), scale, tile,
+        out, lse, q, k, v, None if key_mask is None else key_mask.contiguous(), bias, seed,
+        (None, None, None), (batch_size * tiles, num_heads), (tiles, len_q, len_k), scale,
+        dropout_p, tile,
     )  # fmt: skip
     return out, lse
 
 
 def _launch(
-    out, lse, q, k, v, key_mask, bias, cu_seqlens_q, cu_seqlens_k, tile_map, strides, grid, sizes,
-    scale, tile,
+    out, lse, q, k, v, key_mask, bias, seed, maps, grid, sizes, scale, dropout_p, tile
 ):  # fmt: skip
-    head_dim = q.shape[-1]
     assert scale > 0, "the scale must be positive: the largest score is found before scaling"
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "heads must be contiguous"
+    bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
     with on_device(q.device):
         _attention_fwd_kernel[grid](
-            out, lse, q, k, v, key_mask, bias, cu_seqlens_q, cu_seqlens_k, tile_map,
-            *strides, *sizes, scale * LOG2E.value,
-            HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d, SINGLE=tile.single,
-            RELOAD_Q=q.dtype == torch.float32, INPUT_PRECISION=input_precision(q.dtype),
+            out, lse, q, k, v, key_mask, bias, seed if bits else None, *maps,
+            *strides_of(out), *((0, *lse.stride())[-3:-1]),
+            *strides_of(q), *strides_of(k), *strides_of(v),
+            0 if key_mask is None else key_mask.stride(0),
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            *sizes, scale * LOG2E.value, threshold, dropout_scale,
+            HEAD_DIM=q.shape[-1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_D=tile.block_d, SINGLE=tile.single, RELOAD_Q=q.dtype == torch.float32,
+            DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""BERT's embeddings, forward: three gathered rows, their sum and its LayerNorm, in one pass.
+"""BERT's embeddings: three gathered rows, their sum and its LayerNorm, in one pass.
 
 ``y[t] = norm(word[token_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])``.
-Reads one row of each table per token and writes one; mean and rstd, fp32 ``[T]``, are kept for
-backward. An id
-outside its table reads nothing and makes its row NaN: looking at ids on the host would cost a
-synchronisation, and reading past a table would not be noticed at all.
+Reads one row of each table per token and writes one; the sum, mean and rstd, fp32 ``[T]``, are kept
+for backward, which is LayerNorm's and then torch's sum of rows by id. An id outside its table reads
+nothing and makes its row NaN: looking at ids on the host would cost a synchronisation, and reading
+past a table would not be noticed at all.
 """
 
 import torch
@@ -32,6 +32,7 @@ def _gather(table_ptr, ids_ptr, num_rows, offs_m, mask_m, offs_n, mask_n, stride
 @triton.jit(do_not_specialize=["M", "num_words", "num_positions", "num_types"])
 def _embedding_fwd_kernel(
     y_ptr,  # [M, N]
+    z_ptr,  # [M, N], the sum, or None
     mean_ptr, rstd_ptr,  # [M], fp32
     token_ids_ptr, position_ids_ptr,  # [M]
     token_type_ids_ptr,  # [M] or None
@@ -61,7 +62,11 @@ def _embedding_fwd_kernel(
     z = tl.where(mask_n[None, :], z, 0.0)
     y, mean, rstd = normalize(z, mask_n, weight_ptr, bias_ptr, offs_n, eps, N)
     y_ptrs = y_ptr + offs_m[:, None] * stride_y_m + offs_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if z_ptr is not None:
+        z_ptrs = z_ptr + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
@@ -77,7 +82,9 @@ def embedding_fwd(
     bias: torch.Tensor | None,
     *,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep_sum: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Embeddings of packed ids.
 
     Args:
@@ -85,9 +92,11 @@ def embedding_fwd(
         word, position, token_type: tables ``[rows, E]``, E up to 8192; the last may be None.
         weight, bias: ``[E]`` of the LayerNorm, or None.
         eps: added to the variance.
+        keep_sum: write the sum too, for backward.
+        out_dtype: of y, that of the tables if None.
 
     Returns:
-        y ``[T, E]``, mean and rstd, fp32 ``[T]``.
+        y ``[T, E]``, z ``[T, E]`` or None, mean and rstd of each row, fp32 ``[2, T]``.
     """
     m, n = token_ids.shape[0], word.shape[1]
     assert n <= MAX_ROW, f"rows of at most {MAX_ROW}, got {n}"
@@ -95,16 +104,17 @@ def embedding_fwd(
     tables = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in
               (word, position, token_type)]  # fmt: skip
     ids = [t if t is None else t.contiguous() for t in (token_ids, position_ids, token_type_ids)]
-    y = torch.empty(m, n, dtype=word.dtype, device=word.device)
-    mean, rstd = torch.empty(2, m, dtype=torch.float32, device=word.device).unbind(0)
+    y = torch.empty(m, n, dtype=out_dtype or word.dtype, device=word.device)
+    z = torch.empty(m, n, dtype=word.dtype, device=word.device) if keep_sum else None
+    statistics = torch.empty(2, m, dtype=torch.float32, device=word.device)
     if m == 0:
-        return y, mean, rstd
+        return y, z, statistics
     tile = layernorm_tile(n, device_arch(word.device))
     with on_device(word.device):
         _embedding_fwd_kernel[(triton.cdiv(m, tile.rows),)](
-            y, mean, rstd, *ids, *tables, weight, bias,
+            y, z, *statistics, *ids, *tables, weight, bias,
             y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
             m, *(0 if t is None else t.shape[0] for t in tables), eps,
             N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
         )  # fmt: skip
-    return y, mean, rstd
+    return y, z, statistics

@@ -1,24 +1,32 @@
-"""Linear layers with an activation, forward: ``y = act(x w^T + bias)``.
+"""Linear layers with an activation: ``y = act(x w^T + bias)``.
 
 Two ways to the same result; `fastbert.kernels._tiles.linear_route` says which one runs.
-`_linear_fwd_kernel`
-is a product whose epilogue adds the bias and applies the activation before anything is stored: it
-saves the pass over ``[M, N]`` and has to come within that pass of the library's speed. It is
-persistent: a grid of at most a few programs per SM, each walking over output tiles, so that the
-epilogue of one tile overlaps with the loads of another program's next.
-`_bias_activation_fwd_kernel` is that pass, in place, behind the library's product. Sums are fp32;
-forward keeps nothing.
+`_linear_fwd_kernel` is a product whose epilogue adds the bias and applies the activation before
+anything is stored: it saves the pass over ``[M, N]`` and has to come within that pass of the
+library's speed. It is persistent: a grid of at most a few programs per SM, each walking over output
+tiles, so that the epilogue of one tile overlaps with the loads of another program's next.
+`_bias_activation_fwd_kernel` is that pass, in place, behind the library's product. Sums are fp32.
+
+For training the activation is a pass of its own, from the pre-activation, which is kept. Backward
+reads that once for the derivative, for the result itself where the next product needs it again, and
+adds up the bias gradient in the same pass: a bounded number of programs walk over the rows, a
+second pass adds up what each found, nothing is atomic.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import ACTIVATIONS, activate
+from ._common import ACTIVATIONS, activate, activation_slope
 from ._device import device_arch, input_precision, num_sms, on_device
 from ._tiles import bias_activation_tile, gemm_tile
 
-__all__ = ["bias_activation_fwd_", "linear_activation_fwd"]
+__all__ = [
+    "activation_bwd",
+    "activation_fwd",
+    "bias_activation_fwd_",
+    "linear_activation_fwd",
+]
 
 _PROGRAMS_PER_SM = 2
 
@@ -73,9 +81,10 @@ def _linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _bias_activation_fwd_kernel(
-    x_ptr,  # [M, N], in place
+    y_ptr,  # [M, N]; x itself for in place
+    x_ptr,  # [M, N]
     bias_ptr,  # [N] or None
-    stride_x_m,
+    stride_y_m, stride_x_m,
     M,
     N: tl.constexpr,
     ACTIVATION: tl.constexpr, SHORT_ERF: tl.constexpr,
@@ -89,7 +98,43 @@ def _bias_activation_fwd_kernel(
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_N]
     if bias_ptr is not None:
         x += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(x_ptrs, activate(x, ACTIVATION, SHORT_ERF).to(x_ptr.dtype.element_ty), mask=mask)
+    y_ptrs = y_ptr + offs_m[:, None] * stride_y_m + offs_n[None, :]
+    tl.store(y_ptrs, activate(x, ACTIVATION, SHORT_ERF).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activation_bwd_kernel(
+    dx_ptr,  # [M, N], contiguous
+    y_ptr,  # [M, N], contiguous: the activation once more, or None
+    dbias_ptr,  # [programs, N], fp32, or None
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N], contiguous: the pre-activation
+    stride_dy_m,
+    M,
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT_ERF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for block in range(pid, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        offs_m = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_N]
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dy_m + offs_n[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dx = dy * activation_slope(x, ACTIVATION, SHORT_ERF)
+        if y_ptr is not None:
+            y = activate(x, ACTIVATION, SHORT_ERF)
+            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dbias_ptr is not None:
+            acc += tl.sum(dx, 0)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + pid.to(tl.int64) * N + offs_n, acc, mask=mask_n)
 
 
 def linear_activation_fwd(
@@ -146,8 +191,73 @@ def bias_activation_fwd_(
     tile = bias_activation_tile(n, device_arch(x.device))
     with on_device(x.device):
         _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
-            x, bias, x.stride(0), m,
+            x, x, bias, x.stride(0), x.stride(0), m,
             N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
             ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
         )  # fmt: skip
     return x
+
+
+def activation_fwd(x: torch.Tensor, *, activation: str) -> torch.Tensor:
+    """``act(x)`` as a new tensor, for training.
+
+    Args:
+        x: ``[M, N]``, contiguous.
+        activation: one of `fastbert.kernels._common.ACTIVATIONS`.
+
+    Returns:
+        Like ``x``.
+    """
+    assert activation in ACTIVATIONS, activation
+    m, n = x.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile = bias_activation_tile(n, device_arch(x.device))
+    with on_device(x.device):
+        _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
+            y, x, None, n, n, m,
+            N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return y
+
+
+def activation_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    activation: str,
+    bias_gradient: bool = False,
+    again: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradient of an activation, its result once more, and the sum over rows, in one pass.
+
+    Args:
+        dy: ``[M, N]``, any row stride.
+        x: ``[M, N]``, contiguous, the pre-activation.
+        activation: one of `fastbert.kernels._common.ACTIVATIONS`.
+        bias_gradient: whether the sum of the gradient over rows is wanted.
+        again: whether ``act(x)`` is wanted.
+
+    Returns:
+        The gradient of ``x``; ``act(x)`` or None; the sum, fp32 ``[N]``, or None.
+    """
+    assert activation in ACTIVATIONS, activation
+    m, n = x.shape
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dx = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(dx) if again else None
+    tile = bias_activation_tile(n, device_arch(x.device))
+    programs = min(triton.cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(x.device))
+    dbias = None
+    if bias_gradient:
+        dbias = torch.empty(programs, n, dtype=torch.float32, device=x.device)
+    if dx.numel():
+        with on_device(x.device):
+            _activation_bwd_kernel[(programs, triton.cdiv(n, tile.block_n))](
+                dx, y, dbias, dy, x, dy.stride(0), m,
+                N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+                ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+            )  # fmt: skip
+    return dx, y, None if dbias is None else dbias.sum(0)

@@ -1,9 +1,10 @@
-"""Row softmax with a scale and a mask, forward: ``y = softmax(x * scale + mask)``.
+"""Row softmax with a scale and a mask: ``y = softmax(x * scale + mask)``.
 
 A whole row, up to 8192 values, is in registers: x is read once and y written once. Short rows
 share a program. The mask is bool (kept where True) or floating (added); it is read with its own
 strides, so that a mask per key or per head is broadcast without being stored. A row with nothing
-left gives zeros. Backward needs y alone.
+left gives zeros. Backward needs y alone: ``dx = scale * y * (dy - sum(dy * y))``, and the same
+without the scale for the mask.
 """
 
 import torch
@@ -14,7 +15,7 @@ from ._common import LOG2E
 from ._device import device_arch, on_device
 from ._tiles import MAX_ROW, softmax_tile
 
-__all__ = ["softmax_fwd"]
+__all__ = ["softmax_bwd", "softmax_fwd"]
 
 
 @triton.jit(do_not_specialize=["M", "num_heads", "num_queries"])
@@ -58,6 +59,24 @@ def _softmax_fwd_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _softmax_bwd_kernel(
+    dx_ptr,  # [M, N], contiguous
+    dy_ptr, y_ptr,  # [M, N], contiguous
+    M, N,
+    scale,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_N]
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    dx = scale * y * (dy - tl.sum(dy * y, 1)[:, None])
+    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
 def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> torch.Tensor:
     """Softmax over the last dimension.
 
@@ -87,3 +106,29 @@ def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> 
             num_warps=tile.num_warps,
         )  # fmt: skip
     return y
+
+
+def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Gradient of softmax's input.
+
+    Args:
+        dy: like ``y``.
+        y: ``[..., N]`` from forward, contiguous.
+        scale: as in forward; 1 gives the gradient of the mask.
+
+    Returns:
+        Like ``y``.
+    """
+    dy = dy.contiguous()
+    dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if dx.numel() == 0:
+        return dx
+    n = y.shape[-1]
+    m = y.numel() // n
+    tile = softmax_tile(n, device_arch(y.device))
+    with on_device(y.device):
+        _softmax_bwd_kernel[(triton.cdiv(m, tile.rows),)](
+            dx, dy, y, m, n, float(scale),
+            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dx

@@ -207,7 +207,7 @@ def test_every_target_of_this_project_can_be_measured():
                     )
                 )  # fmt: skip
         missing = [j.target.workload for j in judge(results) if j.value is None]
-        assert missing == ([] if kind == "cpu" else ["attention dropout"])  # no kernel has it yet
+        assert missing == ([] if kind == "cpu" else ["attention dropout"])  # no workload yet
 
 
 def test_targets_are_judged_by_mark_and_goal():

@@ -69,12 +69,165 @@ def test_layer_norm_statistics_are_fp32_and_right(device):
     from fastbert.kernels.layernorm import layernorm_fwd
 
     x, residual = torch.randn(2, 5, 96).to(device, torch.bfloat16)
-    _, mean, rstd = layernorm_fwd(x, residual, None, None, None, eps=1e-5)
+    _, z, statistics = layernorm_fwd(x, residual, None, None, None, eps=1e-5)
+    assert z is None and statistics.dtype == torch.float32
+    mean, rstd = statistics
     z = x.double() + residual.double()
-    assert mean.dtype == rstd.dtype == torch.float32
     torch.testing.assert_close(mean.double(), z.mean(-1), atol=1e-6, rtol=1e-6)
     exact = (z.var(-1, unbiased=False) + 1e-5).rsqrt()
     torch.testing.assert_close(rstd.double(), exact, atol=0, rtol=1e-5)
+
+
+def check_gradients(function, reference, tensors, name, upstream=None):
+    """Every gradient against fp64; torch in the same dtype is the yardstick."""
+    results = []
+    for kind in (None, torch.float64, tensors[0].dtype):
+        leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in tensors]
+        out = (reference if kind else function)(*leaves)
+        if upstream is None:
+            upstream = torch.randn(out.shape).to(out)
+        results.append(torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
+    for i, (got, oracle, baseline) in enumerate(zip(*results, strict=True)):
+        assert got.dtype == tensors[i].dtype
+        assert_within_budget(got, oracle, baseline, f"{name}, gradient {i}")
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_gradients_match_fp64(width, dtype, device):
+    rows = 3 if width > 1024 else 37
+    x, residual = torch.randn(2, rows, width).to(device, dtype)
+    weight, bias, input_bias = torch.randn(3, width).to(device, dtype)
+
+    def kernel(x, w, b, r=None, i=None):
+        return ops.layer_norm(x, w, b, eps=1e-5, residual=r, input_bias=i)
+
+    def torchs(x, w, b, r=None, i=None):
+        return layer_norm_ref(x, w, b, 1e-5, r, i)
+
+    for tensors in ((x, weight, bias), (x, weight, bias, residual, input_bias)):
+        check_gradients(kernel, torchs, tensors, f"layer_norm {width}")
+    check_gradients(
+        lambda x, r: kernel(x, None, None, r), lambda x, r: torchs(x, None, None, r), (x, residual),
+        "layer_norm without weights",
+    )  # fmt: skip
+
+
+def test_layer_norm_gradients_with_more_rows_than_programs(device, monkeypatch):
+    """Every program walks over several blocks of rows and adds up its sums."""
+    from fastbert.kernels import layernorm
+
+    monkeypatch.setattr(layernorm, "num_sms", lambda device: 1)
+    x, residual = torch.randn(2, 150, 96, device=device)
+    weight, bias, input_bias = torch.randn(3, 96, device=device)
+    check_gradients(
+        lambda x, w, b, r, i: ops.layer_norm(x, w, b, eps=1e-5, residual=r, input_bias=i),
+        lambda x, w, b, r, i: layer_norm_ref(x, w, b, 1e-5, r, i),
+        (x, weight, bias, residual, input_bias), "many rows",
+    )  # fmt: skip
+
+
+def test_layer_norm_gradients_from_any_upstream_and_to_some_inputs(device):
+    x, residual = torch.randn(2, 9, 64, device=device)
+    weight, bias = torch.randn(2, 64, device=device)
+    wide = torch.randn(64, 9, device=device)
+    for upstream in (wide.t(), torch.ones((), device=device).expand(9, 64)):
+        check_gradients(
+            lambda x, w, b, r: ops.layer_norm(x, w, b, eps=1e-5, residual=r),
+            lambda x, w, b, r: layer_norm_ref(x, w, b, 1e-5, r),
+            (x, weight, bias, residual), "strided upstream", upstream,
+        )  # fmt: skip
+    for wanted in range(4):
+        leaves = [t.clone() for t in (x, weight, bias, residual)]
+        leaves[wanted].requires_grad_()
+        ops.layer_norm(*leaves[:3], eps=1e-5, residual=leaves[3]).sum().backward()
+        assert [t.grad is not None for t in leaves] == [i == wanted for i in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_norm_under_autocast_is_fp32_like_torchs(dtype, device):
+    """A 16-bit product, an fp32 residual and fp32 weights: what autocast leads to."""
+    x = torch.randn(9, 64).to(device, dtype)
+    residual = torch.randn(9, 64, device=device)
+    weight, bias = torch.randn(2, 64, device=device)
+    tensors = (x, residual, weight, bias)
+
+    def run(x, r, w, b):
+        with torch.autocast(device, dtype):
+            out = ops.layer_norm(x, w, b, eps=1e-5, residual=r)
+        assert out.dtype == torch.float32
+        return out
+
+    wide = [t.double().requires_grad_() for t in tensors]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    oracle = layer_norm_ref(wide[0], wide[2], wide[3], 1e-5, wide[1])
+    upstream = torch.randn(9, 64, device=device)
+    exact = torch.autograd.grad(oracle, wide, upstream.double())
+    grads = torch.autograd.grad(run(*leaves), leaves, upstream)
+    for got, wanted, t in zip(grads, exact, tensors, strict=True):
+        assert got.dtype == t.dtype
+        tolerance = 2 * torch.finfo(t.dtype).eps
+        torch.testing.assert_close(got.double(), wanted, atol=tolerance * 4, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_can_be_had_again_from_its_sum(dtype, device):
+    from fastbert.kernels.layernorm import layernorm_again, layernorm_fwd
+
+    x, residual = torch.randn(2, 9, 77).to(device, dtype)
+    weight, bias = torch.randn(2, 77).to(device, dtype)
+    y, z, statistics = layernorm_fwd(x, residual, None, weight, bias, eps=1e-5, keep_sum=True)
+    again = layernorm_again(z, statistics, weight, bias, out_dtype=dtype)
+    if dtype == torch.float32:
+        assert torch.equal(again, y)
+    exact = layer_norm_ref(*double(x, weight, bias), 1e-5, residual.double())
+    baseline = layer_norm_ref(x, weight, bias, 1e-5, residual)
+    assert_within_budget(again, exact, baseline, "again")
+
+
+def run_embed(ids, positions, types, padding_idx=None):
+    def run(word, position, token_type, w, b):
+        return ops.embed(
+            ids, positions, types, word, position, token_type, w, b, eps=1e-5,
+            padding_idx=padding_idx,
+        )  # fmt: skip
+
+    def reference(word, position, token_type, w, b):
+        args = (ids, positions, types, word, position, token_type, w, b)
+        return embed_ref(*args, 1e-5, padding_idx)
+
+    return run, reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (32, 77, 768))
+def test_embed_gradients_match_fp64(width, dtype, device):
+    """Many tokens share a row, most rows get none, and one row is padding, which never learns."""
+    tables = [torch.randn(rows, width).to(device, dtype) for rows in (1000, 23, 2)]
+    weight, bias = torch.randn(2, width).to(device, dtype)
+    ids = torch.randint(0, 12, (60,)).to(device)
+    positions, types = torch.arange(60, device=device) % 23, torch.arange(60, device=device) % 2
+    for padding_idx in (None, 3):
+        run, reference = run_embed(ids, positions, types, padding_idx)
+        grads = check_gradients(run, reference, (*tables, weight, bias), f"embed {width}")
+        assert not grads[0][12:].any()
+        if padding_idx is not None:
+            assert not grads[0][3].any()
+
+
+def test_embed_gradients_repeat_bit_for_bit(device):
+    word, position = torch.randn(2, 10, 32, device=device)
+    weight, bias = torch.randn(2, 32, device=device)
+    ids, zeros = torch.tensor([3, 3, 9, 3], device=device), torch.zeros(4, dtype=torch.long)
+    zeros = zeros.to(device)
+
+    def gradient():
+        leaf = word.clone().requires_grad_()
+        out = ops.embed(ids, zeros, None, leaf, position, None, weight, bias, eps=1e-5)
+        return torch.autograd.grad(out.pow(2).sum(), leaf)[0]
+
+    assert torch.equal(gradient(), gradient())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,7 +252,7 @@ def test_embed_makes_an_id_outside_its_table_nan_and_leaves_the_rest(device):
     word, position = torch.randn(2, 10, 32, device=device)
     ids = torch.tensor([3, 10, -1, 2**40, 9], device=device)
     zeros = torch.zeros(5, dtype=torch.long, device=device)
-    y, _, _ = embedding_fwd(ids, zeros, None, word, position, None, None, None, eps=1e-12)
+    y, *_ = embedding_fwd(ids, zeros, None, word, position, None, None, None, eps=1e-12)
     assert y.isnan().all(1).tolist() == [False, True, True, True, False]
     assert not y[[0, 4]].isnan().any()
 
@@ -146,3 +299,30 @@ def test_softmax_properties(device):
     huge = ops.softmax(x * 1e30)
     assert huge.isfinite().all()
     assert ops.softmax(x[:0]).shape == (0, 50)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SOFTMAX_SHAPES[1:5], ids=str)
+def test_softmax_gradients_match_fp64(shape, dtype, device):
+    x = (2 * torch.randn(shape)).to(device, dtype)
+    mask = torch.randn(shape[-1]).to(device, dtype)
+    check_gradients(
+        lambda x, m: ops.softmax(x, mask=m, scale=0.5), lambda x, m: softmax_ref(x, m, 0.5),
+        (x, mask), f"softmax {shape}",
+    )  # fmt: skip
+    keep = torch.rand(shape).to(device) < 0.6
+    keep.view(-1, shape[-1])[0] = False
+    (grad,) = check_gradients(
+        lambda x: ops.softmax(x, mask=keep), lambda x: softmax_ref(x, keep), (x,), "bool mask"
+    )
+    assert not grad.view(-1, shape[-1])[0].any() and not grad[~keep].any()
+
+
+def test_softmax_gradient_of_every_broadcast_of_a_mask(device):
+    x = torch.randn(2, 7, 3, 33, device=device).transpose(1, 2)
+    for shape in ((2, 1, 1, 33), (1, 3, 7, 33), (7, 33), (33,)):
+        mask = torch.randn(shape, device=device)
+        check_gradients(
+            lambda x, m: ops.softmax(x, mask=m), lambda x, m: softmax_ref(x, m), (x, mask),
+            f"mask {shape}",
+        )  # fmt: skip

@@ -24,7 +24,10 @@ _ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 Name = Annotated[str, typer.Argument(help="A kernel of `fastbert kernels list`.")]
 Arch = Annotated[str, typer.Option(help=f"One of {', '.join(_ARCHS)}.")]
 VariantText = Annotated[
-    str, typer.Option("--variant", help="Words that a variant's name must contain, such as D64.")
+    str,
+    typer.Option(
+        "--variant", help="Words of a variant's name, such as D64; ending in the last is better."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
 TileText = Annotated[
@@ -392,7 +395,8 @@ def _chosen(name: str, arch: str, words: str, dtype: str, tile: str | None) -> l
     if not chosen:
         names = "\n  ".join(v.name for v in found)
         raise typer.BadParameter(f"--variant: no name contains {words!r}; there are:\n  {names}")
-    return chosen
+    # "packed" means "packed" before "packed, dropout 8 bit".
+    return [v for v in chosen if words and v.name.endswith(words.split()[-1])] or chosen
 
 
 def _inspected(chosen: list) -> list:

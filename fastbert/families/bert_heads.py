@@ -1,6 +1,7 @@
 """BERT's heads as drop-in classes.
 
-Where a parent's forward does the right thing with padded hidden states it stays as it is.
+Where a parent's forward does the right thing with padded hidden states it stays as it is. The
+masked-LM head of training is another one: only labelled tokens go through it (`_LabelledTokens`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .. import ops
+from ..encoder import Linear, Norm
+from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entropy
 from ..packing import PackedBatch, PaddedBatch
 from . import modules
 from .bert import BertModel
+from .deferred import DeferredMaskedLMOutput, DeferredPreTrainingOutput
 from .drop_in import DropIn, twin
 
 __all__ = [
@@ -49,7 +54,7 @@ def _labels_on_padding(labels: Tensor | None, attention_mask: Tensor | None) -> 
 
 @twin
 class BertForPreTraining(DropIn, hf.BertForPreTraining):
-    """``transformers.BertForPreTraining``; the masked-LM head runs on real tokens only."""
+    """``transformers.BertForPreTraining``; the masked-LM head is that of `BertForMaskedLM`."""
 
     @can_return_tuple
     def forward(
@@ -63,26 +68,47 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
         next_sentence_label: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | hf.BertForPreTrainingOutput:
+        num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        wants_loss = labels is not None and next_sentence_label is not None
+        chosen = _LabelledTokens.of(self, labels) if wants_loss else None
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
         rows, pooled = outputs[:2]
-        scores, relation = self.cls(rows, pooled)
+        if chosen is None:
+            scores, relation = self.cls(rows, pooled)
+        else:
+            relation = self.cls.seq_relationship(pooled)
         loss = None
-        if labels is not None and next_sentence_label is not None:
-            loss = _token_loss(scores, batch, labels)
-            loss = loss + F.cross_entropy(relation.view(-1, 2), next_sentence_label.view(-1))
-        return hf.BertForPreTrainingOutput(
-            loss=loss,
-            prediction_logits=_padded(scores, batch),
-            seq_relationship_logits=relation,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        if wants_loss:
+            next_sentence = F.cross_entropy(relation.view(-1, 2), next_sentence_label.view(-1))
+            if chosen is None:
+                loss, count = _token_loss(scores, batch, labels, num_items)
+            else:
+                loss, count = chosen.loss(rows, batch, num_items), chosen.count
+            if num_items is not None:  # this batch's share of the batches of a step
+                next_sentence = next_sentence * (count / at_least_one(num_items))
+            loss = loss + next_sentence
+        rest = {
+            "seq_relationship_logits": relation,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if chosen is None:
+            logits = _padded(scores, batch)
+            return hf.BertForPreTrainingOutput(loss=loss, prediction_logits=logits, **rest)
+        return DeferredPreTrainingOutput(loss=loss, **rest).defer(
+            lambda: _padded(self.cls.predictions(rows), batch), chosen.decoder.weight
         )
 
 
 @twin
 class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
-    """``transformers.BertForMaskedLM``; its head runs on real tokens, other logits are 0."""
+    """``transformers.BertForMaskedLM``; its head runs on real tokens, other logits are 0.
+
+    In training with labels it runs on labelled tokens, and ``logits`` are computed when they are
+    read. ``num_items_in_batch``, which `transformers.Trainer` passes, divides the loss; without a
+    single label the loss is 0.
+    """
 
     @can_return_tuple
     def forward(
@@ -97,17 +123,20 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MaskedLMOutput:
+        num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         kwargs["encoder_hidden_states"] = encoder_hidden_states
         kwargs["encoder_attention_mask"] = encoder_attention_mask
+        chosen = _LabelledTokens.of(self, labels)
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
-        scores = self.cls(outputs[0])
-        return MaskedLMOutput(
-            loss=None if labels is None else _token_loss(scores, batch, labels),
-            logits=_padded(scores, batch),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rows = outputs[0]
+        rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        if chosen is None:
+            scores = self.cls(rows)
+            loss = None if labels is None else _token_loss(scores, batch, labels, num_items)[0]
+            return MaskedLMOutput(loss=loss, logits=_padded(scores, batch), **rest)
+        output = DeferredMaskedLMOutput(loss=chosen.loss(rows, batch, num_items), **rest)
+        return output.defer(lambda: _padded(self.cls(rows), batch), chosen.decoder.weight)
 
 
 @twin
@@ -222,12 +251,84 @@ def _encode_rows(
     return outputs, getattr(outputs, "batch", None)
 
 
-def _token_loss(scores: Tensor, batch: PackedBatch | PaddedBatch | None, labels: Tensor) -> Tensor:
-    """Cross-entropy over labelled tokens, from packed or padded scores."""
+def _token_loss(
+    scores: Tensor,
+    batch: PackedBatch | PaddedBatch | None,
+    labels: Tensor,
+    num_items: int | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over labelled tokens, from packed or padded scores, and how many there are."""
     labels = labels.to(scores.device)
     labels = labels.reshape(-1) if batch is None else batch.pack(labels)
-    return F.cross_entropy(scores.view(-1, scores.shape[-1]), labels)
+    count = (labels != -100).sum()
+    total = F.cross_entropy(scores.view(-1, scores.shape[-1]), labels, reduction="sum")
+    return total / at_least_one(count if num_items is None else num_items), count
 
 
 def _padded(scores: Tensor, batch: PackedBatch | PaddedBatch | None) -> Tensor:
     return scores if batch is None else batch.unpack(scores)
+
+
+class _LabelledTokens:
+    """The masked-LM loss of training: the head and the decoder see labelled tokens alone.
+
+    Attributes:
+        count: how many there are.
+        decoder: the product with the vocabulary.
+    """
+
+    def __init__(self, head: hf.BertLMPredictionHead, slots: Tensor, labels: Tensor):
+        self.head, self.slots, self.labels = head, slots, labels
+        self.count, self.decoder = labels.shape[0], head.decoder
+
+    @classmethod
+    def of(cls, model: nn.Module, labels: Tensor | None) -> _LabelledTokens | None:
+        """What has a label, before anything is computed; None where the whole head has to run.
+
+        That is outside training, under a compiler, and where the head is not transformers' own or
+        someone watches a part of it.
+
+        Raises:
+            ValueError: a label outside the vocabulary.
+        """
+        if labels is None or not model.training or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or type(model.cls) not in (
+            hf.BertOnlyMLMHead,
+            hf.BertPreTrainingHeads,
+        ):
+            return None
+        head = model.cls.predictions
+        parts = [model.cls, *head.modules()]
+        if (
+            type(head) is not hf.BertLMPredictionHead
+            or type(head.transform) is not hf.BertPredictionHeadTransform
+            or not isinstance(modules.projection(head.decoder), Linear)
+            or any(modules.has_user_hooks(part) for part in parts)
+        ):
+            return None
+        device = head.decoder.weight.device
+        return cls(head, *labelled_rows(labels.to(device), head.decoder.weight.shape[0]))
+
+    def loss(
+        self, rows: Tensor, batch: PackedBatch | PaddedBatch | None, num_items: int | Tensor | None
+    ) -> Tensor:
+        """From the hidden states, packed or padded."""
+        at = self.slots
+        if isinstance(batch, PackedBatch) and batch.indices is not None:
+            at = torch.searchsorted(batch.indices, at)
+        chosen = self._transformed(rows.reshape(-1, rows.shape[-1]).index_select(0, at))
+        weight, bias = self.decoder.weight, self.decoder.bias
+        total = summed_cross_entropy(chosen, weight, bias, self.labels)
+        return total / at_least_one(self.count if num_items is None else num_items)
+
+    def _transformed(self, rows: Tensor) -> Tensor:
+        transform = self.head.transform
+        dense, norm = modules.projection(transform.dense), modules.norm(transform.LayerNorm)
+        activation = modules.activation_name(transform.transform_act_fn)
+        if not (
+            isinstance(dense, Linear) and isinstance(norm, Norm) and isinstance(activation, str)
+        ):
+            return transform(rows)
+        rows = ops.linear(rows, dense.weight, dense.bias, activation=activation)
+        return ops.layer_norm(rows, norm.weight, norm.bias, eps=norm.eps)

@@ -165,13 +165,14 @@ def embed_rows(
         inputs_embeds is None
         and isinstance(norm, tuple)
         and all(modules.is_plain_embedding(table) for table in tables)
-        and not (torch.is_grad_enabled() and any(t.weight.requires_grad for t in tables))
+        and position.padding_idx is None
+        and kind.padding_idx is None
     ):
         hidden = ops.embed(
-            rows(input_ids), positions, types, *(t.weight for t in tables), *norm[:2], eps=norm.eps
-        )
+            rows(input_ids), positions, types, *(t.weight for t in tables), *norm[:2],
+            eps=norm.eps, padding_idx=word.padding_idx,
+        )  # fmt: skip
     else:
-        # With gradients nn.Embedding is called: its padding_idx keeps a row of the table frozen.
         ids = {"input_ids": input_ids, "position_ids": positions, "token_type_ids": types}
         for (which, values), table in zip(ids.items(), tables, strict=True):
             if values is not None and isinstance(table, nn.Embedding):

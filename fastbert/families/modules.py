@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from ..encoder import Linear, Norm, Projection
+from ..encoder import Linear, Norm, Projection, Stacked
+from ..ops.backend import resolve
 
 __all__ = [
     "activation_name",
@@ -85,8 +86,13 @@ def norm(module: nn.Module) -> Norm | Callable[[Tensor], Tensor]:
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
-    """Whether a lookup in this table is nothing but a row of its weight."""
-    return _is_plain(module, nn.Embedding) and module.max_norm is None
+    """Whether a lookup in this table is a row of its weight, and the gradient a plain sum."""
+    return (
+        _is_plain(module, nn.Embedding)
+        and module.max_norm is None
+        and not module.sparse
+        and not module.scale_grad_by_freq
+    )
 
 
 def dropout_p(module: nn.Module) -> float | None:
@@ -103,24 +109,26 @@ def activation_name(module: Callable[[Tensor], Tensor]) -> str | Callable[[Tenso
     return _ACTIVATIONS.get(type(module), module)
 
 
-def fuse(parts: tuple[Projection, ...]) -> Linear | tuple[Projection, ...]:
+def fuse(parts: tuple[Projection, ...]) -> Linear | Stacked | tuple[Projection, ...]:
     """Several linear layers over the same rows as one, where that is a gain.
 
     On a GPU one product of three times the width beats three. In inference the weights are moved
     next to each other in memory once, each parameter then being a view of its third: nothing is
     cached that a later change of a weight, by whatever route, could leave behind. With gradients
-    they are concatenated. On a CPU three products cost as much as one, for few tokens up to a sixth
-    more, and nothing is fused.
+    they are concatenated in every call. On a CPU three products cost as much as one, for few tokens
+    up to a sixth more, and nothing is fused.
     """
     if torch.compiler.is_compiling():  # a compiler may not move memory, and fuses by itself
         return parts
     if not all(isinstance(p, Linear) and p.bias is not None for p in parts):
         return parts
     weights, biases = zip(*parts, strict=True)
-    if weights[0].device.type == "cpu" or any(type(t) is not nn.Parameter for t in weights):
+    if resolve(weights[0].device) == "torch" and weights[0].device.type == "cpu":
+        return parts
+    if any(type(t) is not nn.Parameter for t in weights):
         return parts
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
-        return Linear(torch.cat(weights), torch.cat(biases))
+        return Stacked(weights, biases)
     weight, bias = adjacent(weights), adjacent(biases)
     if weight is None or bias is None:
         if not (can_move(weights) and can_move(biases)):

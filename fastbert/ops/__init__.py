@@ -5,20 +5,34 @@ differentiable, and works under ``torch.compile(fullgraph=True)``. The specifica
 reference in `fastbert.ops.reference`.
 """
 
-from .attention import attention, attention_varlen
+from .attention import attention, attention_qkv, attention_varlen
+from .cross_entropy import linear_cross_entropy
+from .dropout import dropout_seed
 from .embedding import embed
 from .layernorm import layer_norm
-from .linear import activate, linear, linear_add_norm, linear_gelu
+from .linear import (
+    activate,
+    feed_forward_add_norm,
+    linear,
+    linear_add_norm,
+    linear_gelu,
+    linear_stacked,
+)
 from .softmax import softmax
 
 __all__ = [
     "activate",
     "attention",
+    "attention_qkv",
     "attention_varlen",
+    "dropout_seed",
     "embed",
+    "feed_forward_add_norm",
     "layer_norm",
     "linear",
     "linear_add_norm",
+    "linear_cross_entropy",
     "linear_gelu",
+    "linear_stacked",
     "softmax",
 ]

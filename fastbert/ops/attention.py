@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..packing import PackedBatch
 from .backend import forced, resolve
-from .gradient import run_kernel
+from .dropout import check_dropout, dropout_seed
+from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
 from .registry import define
 
-__all__ = ["attention", "attention_varlen"]
+__all__ = ["attention", "attention_qkv", "attention_varlen"]
 
 _MAX_HEAD_SIZE = 128
+_MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
 
 
 def _launch_varlen(
@@ -33,31 +35,107 @@ def _launch_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
-) -> Tensor:
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_varlen_fwd
 
-    q, scale = _positive(q, scale)
-    tile = _varlen_tile(q, max_seqlen_q, max_seqlen_k)
-    return attention_varlen_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale)[0]
+    tile = _tile(q, max_seqlen_q, max_seqlen_k)
+    return attention_varlen_fwd(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale, dropout_p=dropout_p,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _launch_varlen_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    tile_map_q: Tensor,
+    tile_map_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    fused: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from ..kernels.attention_bwd import attention_varlen_bwd
+
+    results = _varlen_gradients(q, k, fused)
+    attention_varlen_bwd(
+        do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, tile_map_k,
+        results[0].unbind(1) if fused else results, _bwd_tiles(q, max_seqlen_q, max_seqlen_k),
+        scale=scale, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return results
+
+
+def _varlen_gradients(q: Tensor, k: Tensor, fused: bool) -> tuple[Tensor, ...]:
+    """Memory for dq, dk and dv: in one ``[T, 3, H, D]`` if the projection was one."""
+    if fused:
+        return q.new_empty(q.shape[0], 3, *q.shape[1:]), q.new_empty(0), q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
 def _launch_padded(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_padded_fwd
 
-    q, scale = _positive(q, scale)
-    return attention_padded_fwd(q, k, v, key_mask, bias, scale=scale)[0]
+    return attention_padded_fwd(
+        q, k, v, key_mask, bias, scale=scale, dropout_p=dropout_p, seed=seed
+    )
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same scores with a positive scale, which the kernels need."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+def _launch_padded_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.attention_bwd import attention_padded_bwd
+
+    *gradients, dbias = attention_padded_bwd(
+        do, q, k, v, out, lse, key_mask, bias, scale=scale, bias_gradient=bias_gradient,
+        dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return *gradients, q.new_empty(0) if dbias is None else dbias
 
 
-def _varlen_tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
+def _padded_bwd_shapes(do, q, k, v, out, lse, key_mask, bias, scale, p, seed, bias_gradient):
+    def like(t: Tensor) -> Tensor:
+        b, h, s, d = t.shape
+        return t.new_empty(b, s, h, d).transpose(1, 2)
+
+    dbias = q.new_empty(0)
+    if bias_gradient:
+        kept = [1 if bias.stride(i) == 0 else bias.shape[i] for i in (0, 1)]
+        dbias = bias.new_empty(*kept, *bias.shape[2:], dtype=torch.float32)
+    return like(q), like(k), like(v), dbias
+
+
+def _tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
     from ..kernels._device import device_arch
     from ..kernels._tiles import attention_tile
 
@@ -70,18 +148,114 @@ def _varlen_tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
     )
 
 
+def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
+    from ..kernels._device import device_arch
+    from ..kernels._tiles import attention_bwd_tiles
+
+    return attention_bwd_tiles(
+        head_dim=q.shape[-1],
+        dtype=q.dtype,
+        arch=device_arch(q.device),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+_DROPOUT = "float dropout_p, Tensor? seed"
 _attention_varlen = define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale) -> Tensor",
+    f"Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}) "
+    "-> (Tensor, Tensor)",
     _launch_varlen,
-    lambda q, *rest: q.new_empty(q.shape),
+    lambda q, *rest: (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
+    ),
+)
+_attention_varlen_bwd = define(
+    "attention_varlen_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor tile_map_q, Tensor tile_map_k, "
+    f"int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, bool fused) "
+    "-> (Tensor, Tensor, Tensor)",
+    _launch_varlen_bwd,
+    lambda do, q, k, *rest: _varlen_gradients(q, k, rest[-1]),
 )
 _attention_padded = define(
     "attention_padded(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, "
-    "float scale) -> Tensor",
+    f"float scale, {_DROPOUT}) -> (Tensor, Tensor)",
     _launch_padded,
-    lambda q, *rest: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2),
+    lambda q, *rest: (
+        q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    ),
 )
+_attention_padded_bwd = define(
+    "attention_padded_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor? key_mask, Tensor? bias, float scale, {_DROPOUT}, bool bias_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_padded_bwd,
+    _padded_bwd_shapes,
+)
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    """q, k and v, or one tensor ``[T, 3, H, D]`` of all three, which then gets one gradient."""
+
+    @staticmethod
+    def forward(ctx, batch, keys, scale, dropout_p, seed, *tensors):
+        q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
+        out, lse = _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)
+        ctx.save_for_backward(*tensors, out, lse, seed)
+        ctx.batch, ctx.keys, ctx.scale, ctx.dropout_p = batch, keys, scale, dropout_p
+        return out
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, do: Tensor):
+        *tensors, out, lse, seed = ctx.saved_tensors
+        fused = len(tensors) == 1
+        q, k, v = tensors[0].unbind(1) if fused else tensors
+        batch, keys = ctx.batch, ctx.keys
+        tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen)
+        gradients = _attention_varlen_bwd(
+            rows_contiguous(do), q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
+            batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n),
+            batch.max_seqlen, keys.max_seqlen, ctx.scale, ctx.dropout_p, seed, fused,
+        )  # fmt: skip
+        return (None,) * 5 + (gradients[:1] if fused else gradients)
+
+
+class _AttentionPadded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
+        out, lse = _attention_padded(q, k, v, key_mask, _full(bias, q, k), scale, dropout_p, seed)
+        ctx.save_for_backward(q, k, v, out, lse, key_mask, bias, seed)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, do: Tensor):
+        q, k, v, out, lse, key_mask, bias, seed = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4]
+        dq, dk, dv, dbias = _attention_padded_bwd(
+            rows_contiguous(do), q, k, v, out, lse, key_mask, _full(bias, q, k), ctx.scale,
+            ctx.dropout_p, seed, wanted,
+        )  # fmt: skip
+        dbias = dbias.sum_to_size(bias.shape).to(bias.dtype) if wanted else None
+        return dq, dk, dv, None, dbias, None, None, None
+
+
+def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+
+
+def _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    tile = _tile(q, batch.max_seqlen, keys.max_seqlen)
+    return _attention_varlen(
+        q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
+        batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed,
+    )  # fmt: skip
 
 
 def attention_varlen(
@@ -93,6 +267,7 @@ def attention_varlen(
     key_batch: PackedBatch | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q @ k.T * scale) @ v`` within each sequence of a packed batch, no padding anywhere.
 
@@ -103,16 +278,19 @@ def attention_varlen(
         key_batch: the sequences of ``k`` and ``v`` where they differ (cross-attention); as many.
         scale: factor for the scores, ``D ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
+        seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
+            Kernels only.
 
     Returns:
         ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other or the batch.
-        NotImplementedError: with the Triton backend forced, a head size over 128 or dropout.
+        NotImplementedError: with the Triton backend forced, a head size over 128; with torch, a
+        seed.
 
-    Supported: fp32, fp16, bf16 (fp64 in torch), head sizes up to 128 (any in torch), gradients.
-    Dropout and larger heads run in torch unless the Triton backend is forced.
+    Supported: fp32, fp16, bf16 (fp64 in torch), head sizes up to 128 (any in torch), gradients
+    (first order with the kernels). Larger heads run in torch unless the Triton backend is forced.
     """
     keys = batch if key_batch is None else key_batch
     _validate(q, k, v, 3)
@@ -126,22 +304,68 @@ def attention_varlen(
             f"attention_varlen: expected key_batch with {batch.num_sequences} sequences, "
             f"got {keys.num_sequences}"
         )
+    check_dropout("attention_varlen", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _backend(q, dropout_p) == "torch" or q.numel() == 0:
+    if _backend(q, dropout_p, max(batch.max_seqlen, keys.max_seqlen)) == "torch" or (
+        q.numel() == 0
+    ):
+        refuse_seed("attention_varlen", seed)
         return _varlen_in_torch(q, k, v, batch, keys, scale, dropout_p)
-    tile = _varlen_tile(q, batch.max_seqlen, keys.max_seqlen)
-    tile_map = batch.tile_map(tile.block_m)
+    q, scale = _positive(q, scale)
+    return _differentiable(batch, keys, scale, dropout_p, seed, q, k, v)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attention_varlen(
-            q, k, v, batch.cu_seqlens, keys.cu_seqlens, tile_map,
-            batch.max_seqlen, keys.max_seqlen, scale,
-        )  # fmt: skip
 
-    def in_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _varlen_in_torch(q, k, v, batch, keys, scale, 0.0)
+def attention_qkv(
+    qkv: Tensor,
+    batch: PackedBatch,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`attention_varlen` of one projection, whose gradient is one tensor too and needs no copy.
 
-    return run_kernel(kernel, in_torch, q, k, v)
+    Args:
+        qkv: ``[T, 3, H, D]``, q, k and v of every token.
+        batch: the sequences.
+        scale, dropout_p, seed: as in `attention_varlen`.
+
+    Returns:
+        ``[T, H, D]``, contiguous.
+
+    Raises:
+        ValueError, NotImplementedError: as `attention_varlen`.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"attention_qkv: expected [T, 3, H, D], got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if (
+        scale <= 0
+        or qkv.numel() == 0
+        or qkv.stride(-1) != 1
+        or qkv.shape[0] != batch.num_tokens
+        or _backend(qkv, dropout_p, batch.max_seqlen) == "torch"
+    ):
+        return attention_varlen(q, k, v, batch, scale=scale, dropout_p=dropout_p, seed=seed)
+    check_dropout("attention_qkv", dropout_p, seed, qkv.device)
+    return _differentiable(batch, batch, scale, dropout_p, seed, qkv)
+
+
+def _differentiable(
+    batch: PackedBatch,
+    keys: PackedBatch,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout_seed(tensors[0].device)
+    if wants_gradient(*tensors):
+        return _AttentionVarlen.apply(batch, keys, scale, dropout_p, seed, *tensors)
+    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
+    return _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)[0]
 
 
 def attention(
@@ -153,6 +377,7 @@ def attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q @ k.T * scale + bias) @ v`` over a padded batch.
 
@@ -164,6 +389,8 @@ def attention(
             masks), or bool, True for pairs to attend to, or None.
         scale: factor for the scores, ``D ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
+        seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
+            Kernels only.
 
     Returns:
         ``[B, H, Sq, D]``, a transposed view of a contiguous ``[B, Sq, H, D]``. A query that may
@@ -171,10 +398,12 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
-        NotImplementedError: with the Triton backend forced, a head size over 128 or dropout.
+        NotImplementedError: with the Triton backend forced, a head size over 128; with torch, a
+        seed.
 
     Supported: fp32, fp16, bf16 (fp64 in torch), head sizes up to 128 (any in torch), gradients for
-    q, k, v and bias. Dropout and larger heads run in torch unless the Triton backend is forced.
+    q, k, v and bias (first order with the kernels). Larger heads run in torch unless the Triton
+    backend is forced.
     """
     _validate(q, k, v, 4)
     batch_size, num_heads, len_q, head_size = q.shape
@@ -187,19 +416,28 @@ def attention(
             f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
     if bias is not None:
+        shape = (batch_size, num_heads, len_q, len_k)
         try:
-            bias = bias.expand(batch_size, num_heads, len_q, len_k)
+            fits = torch.broadcast_shapes(bias.shape, shape) == shape
         except RuntimeError:
+            fits = False
+        if not fits:
             raise ValueError(
-                "attention: expected a bias that broadcasts to "
-                f"{(batch_size, num_heads, len_q, len_k)}, got {tuple(bias.shape)}"
-            ) from None
+                f"attention: expected a bias that broadcasts to {shape}, got {tuple(bias.shape)}"
+            )
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -math.inf)
+    check_dropout("attention", dropout_p, seed, q.device)
     scale = head_size**-0.5 if scale is None else scale
-    if _backend(q, dropout_p) == "torch" or q.numel() == 0:
+    if _backend(q, dropout_p, max(len_q, len_k)) == "torch" or q.numel() == 0:
+        refuse_seed("attention", seed)
         return _padded_in_torch(q, k, v, key_mask, bias, scale, dropout_p)
-    return run_kernel(_attention_padded, _padded_in_torch, q, k, v, key_mask, bias, scale)
+    q, scale = _positive(q, scale)
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout_seed(q.device)
+    if wants_gradient(q, k, v, bias):
+        return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
+    return _attention_padded(q, k, v, key_mask, _full(bias, q, k), scale, dropout_p, seed)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
@@ -220,18 +458,23 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
         )
 
 
-def _backend(q: Tensor, dropout_p: float) -> str:
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale, which the kernels need."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+
+
+def _backend(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
     """What the kernels do not cover runs in torch, unless the kernels are forced."""
-    chosen = resolve(q.device)
+    chosen = resolve(q.device, q.dtype)
     if chosen == "torch":
         return chosen
     gap = None
     if q.shape[-1] > _MAX_HEAD_SIZE:
         gap = f"head sizes up to {_MAX_HEAD_SIZE}, got {q.shape[-1]}"
-    elif dropout_p > 0.0:
-        gap = f"no dropout, got dropout_p={dropout_p}"
-    elif q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        gap = f"fp32, fp16 and bf16, got {q.dtype}"
+    elif dropout_p > 0.0 and max_seqlen > _MAX_DROPOUT_LENGTH:
+        gap = f"dropout in sequences of up to {_MAX_DROPOUT_LENGTH} tokens, got {max_seqlen}"
     if gap is None:
         return chosen
     if forced() == "triton":

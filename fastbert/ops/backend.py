@@ -20,6 +20,7 @@ import torch
 __all__ = ["BACKENDS", "backend", "forced", "interpreting", "resolve", "unavailable"]
 
 BACKENDS = ("torch", "triton")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)  # below it there is no bf16 matrix unit and no asynchronous copy
 
 # What was found out about this process; a dict, because torch.compile cannot see into lru_cache.
@@ -98,18 +99,29 @@ def forced() -> str | None:
     return _choice.name or _from_environment()
 
 
-def resolve(device: torch.device) -> str:
+def resolve(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend for ops on tensors of ``device``: ``"triton"`` or ``"torch"``.
+
+    Args:
+        dtype: of the tensors. The kernels compute fp32, fp16 and bf16; others take torch.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run there.
+        NotImplementedError: ``"triton"`` was asked for, for a dtype that the kernels do not have.
     """
     chosen = forced()
     if chosen == "torch":
         return "torch"
     reason = unavailable(device.type, device.index)
     if reason is None:
-        return "triton"
+        if dtype is None or dtype in _DTYPES:
+            return "triton"
+        if chosen == "triton":
+            raise NotImplementedError(
+                f"backend: 'triton' was asked for, but the kernels compute fp32, fp16 and bf16, "
+                f"not {dtype}. Leave the choice open or ask for 'torch'."
+            )
+        return "torch"
     if chosen == "triton":
         raise RuntimeError(
             f"backend: 'triton' was asked for, but the kernels cannot run here: {reason}. "

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .gradient import run_kernel
+from .gradient import first_order_only, wants_gradient
+from .layernorm import layer_norm_bwd, norm_dtype
+from .recompute import remember
 from .reference import embed_ref
 from .registry import define
 
@@ -23,22 +25,80 @@ def _launch(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> Tensor:
+    keep_sum: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.embedding import embedding_fwd
 
-    return embedding_fwd(
-        token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps=eps
-    )[0]
+    y, z, statistics = embedding_fwd(
+        token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps=eps,
+        keep_sum=keep_sum, out_dtype=dtype,
+    )  # fmt: skip
+    return y, word.new_empty(0) if z is None else z, statistics
+
+
+def _shapes(ids, position_ids, types, word, position, token_type, weight, bias, eps, keep, dtype):
+    shape = (ids.shape[0], word.shape[1])
+    return (
+        word.new_empty(shape, dtype=dtype),
+        word.new_empty(shape) if keep else word.new_empty(0),
+        word.new_empty(2, ids.shape[0], dtype=torch.float32),
+    )
 
 
 _embed = define(
     "embed(Tensor token_ids, Tensor position_ids, Tensor? token_type_ids, Tensor word, "
-    "Tensor position, Tensor? token_type, Tensor weight, Tensor bias, float eps) -> Tensor",
+    "Tensor position, Tensor? token_type, Tensor weight, Tensor bias, float eps, bool keep_sum, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _launch,
-    lambda ids, pos, types, word, position, token_type, weight, bias, eps: word.new_empty(
-        ids.shape[0], word.shape[1]
-    ),
+    _shapes,
 )
+
+
+class _Embed(torch.autograd.Function):
+    """The gradient of the sum is LayerNorm's; torch adds up its rows by id, without atomics."""
+
+    @staticmethod
+    def forward(
+        ctx, ids, position_ids, types, word, position, token_type, weight, bias, eps, padding_idx,
+        dtype,
+    ):  # fmt: skip
+        y, z, statistics = _embed(
+            ids, position_ids, types, word, position, token_type, weight, bias, eps, True, dtype
+        )
+        ctx.save_for_backward(ids, position_ids, types, z, statistics, weight)
+        ctx.rows = [0 if t is None else t.shape[0] for t in (word, position, token_type)]
+        ctx.bias_dtype, ctx.padding_idx = bias.dtype, padding_idx
+        ctx.mark_non_differentiable(z, statistics)
+        return y, z, statistics
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, dy: Tensor, *unused):
+        *all_ids, z, statistics, weight = ctx.saved_tensors
+        need_tables, (need_weight, need_bias) = ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:8]
+        dz, _, dweight, dbias, _ = layer_norm_bwd(
+            dy, z, statistics, weight, z.dtype, None, [need_weight, need_bias, False], 0.0, None
+        )
+        paddings = (-1 if ctx.padding_idx is None else ctx.padding_idx, -1, -1)
+        tables = [
+            # An id outside its table has made the loss NaN; it must not write outside as well.
+            torch.ops.aten.embedding_dense_backward(
+                dz, ids.clamp(0, rows - 1), rows, padding, False
+            )
+            if needed
+            else None
+            for ids, rows, padding, needed in zip(
+                all_ids, ctx.rows, paddings, need_tables, strict=True
+            )
+        ]
+        return (
+            *(None,) * 3,
+            *tables,
+            dweight.to(weight.dtype) if need_weight else None,
+            dbias.to(ctx.bias_dtype) if need_bias else None,
+            *(None,) * 3,
+        )
 
 
 def embed(
@@ -52,6 +112,7 @@ def embed(
     bias: Tensor,
     *,
     eps: float,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``.
 
@@ -61,17 +122,18 @@ def embed(
         word, position, token_type: the tables, ``[rows, E]``.
         weight, bias: ``[E]`` of the LayerNorm.
         eps: added to the variance.
+        padding_idx: a row of ``word`` that gets no gradient, as in ``torch.nn.Embedding``.
 
     Returns:
-        ``[T, E]`` in the dtype of the tables.
+        ``[T, E]`` in the dtype of the tables, fp32 under autocast.
 
     Raises:
         TypeError: ids that are not integers.
         ValueError: shapes or devices that do not fit; on a CPU also ids outside their table. On a
-        GPU
-            a check would cost a synchronisation: there an id outside its table gives a row of NaN.
+            GPU a check would cost a synchronisation: there such an id gives a row of NaN.
 
-    Supported: fp32, fp16, bf16 (fp64 in torch), widths up to 8192 (any in torch), gradients.
+    Supported: fp32, fp16, bf16 (fp64 in torch), widths up to 8192 (any in torch), gradients (first
+    order with the kernels), the same bits in every run.
     """
     pairs = [("token_ids", token_ids, word), ("position_ids", position_ids, position)]
     if (token_type_ids is None) != (token_type is None):
@@ -93,13 +155,13 @@ def embed(
     args = (
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
     )  # fmt: skip
-    if (
-        resolve(word.device) == "torch"
-        or token_ids.numel() == 0
-        or torch.is_autocast_enabled(word.device.type)
-    ):
-        return embed_ref(*args)
-    return run_kernel(_embed, embed_ref, *args)
+    if resolve(word.device, word.dtype) == "torch" or token_ids.numel() == 0:
+        return embed_ref(*args, padding_idx=padding_idx)
+    dtype = norm_dtype(word)
+    if not wants_gradient(word, position, token_type, weight, bias):
+        return _embed(*args, False, dtype)[0]
+    y, z, statistics = _Embed.apply(*args, padding_idx, dtype)
+    return y if torch.compiler.is_compiling() else remember(y, z, statistics, weight, bias)
 
 
 def check_range(name: str, ids: Tensor, rows: int) -> None:

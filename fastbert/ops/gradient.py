@@ -1,20 +1,44 @@
-"""Gradients of ops whose kernels have a forward only: recomputed through the torch implementation.
-
-The forward pass runs the kernel, the backward pass runs the op once more in torch and
-differentiates that. It is right for every input and as slow as torch; a backward kernel replaces
-it op by op.
-"""
+"""Who wants a gradient, and through what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["run_kernel", "wants_gradient"]
+from .backend import resolve
+
+__all__ = [
+    "first_order_only",
+    "refuse_seed",
+    "rows_contiguous",
+    "run_kernel",
+    "trains_on_kernels",
+    "wants_gradient",
+]
+
+
+def first_order_only(backward: Callable) -> Callable:
+    """Decorator of a Function's backward that cannot itself be differentiated: says so.
+
+    torch's ``once_differentiable`` gives constants, without a word, where the upstream gradient
+    does not depend on anything, as behind a ``.sum()``.
+    """
+
+    @wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastbert: the kernels give first-order gradients, and create_graph=True asks for "
+                "more; compute this under fastbert.backend('torch'), whose operations are torch's "
+                "own"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 def wants_gradient(*args: Any) -> bool:
@@ -22,6 +46,37 @@ def wants_gradient(*args: Any) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(arg, Tensor) and arg.requires_grad for arg in args
     )
+
+
+def trains_on_kernels(x: Tensor, *others: Any) -> bool:
+    """Whether an op on these has a gradient to prepare, on kernels, with no compiler looking on.
+
+    A compiler does better with torch's operations than with ops that it cannot look into.
+    """
+    return (
+        wants_gradient(x, *others)
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and resolve(x.device, x.dtype) == "triton"
+    )
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """The tensor with a last stride of 1: gradients may come expanded."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def refuse_seed(op: str, seed: Tensor | None) -> None:
+    """Raise for a seed where torch's dropout runs, which takes none.
+
+    Raises:
+        NotImplementedError: a seed was given.
+    """
+    if seed is not None:
+        raise NotImplementedError(
+            f"{op}: a seed is for the kernels' dropout, got one where torch runs; leave it out "
+            "and use torch.manual_seed"
+        )
 
 
 class _KernelWithTorchGradient(torch.autograd.Function):
@@ -34,7 +89,7 @@ class _KernelWithTorchGradient(torch.autograd.Function):
         return kernel(*args)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad: Tensor):
         saved = iter(ctx.saved_tensors)
         args = [
@@ -56,7 +111,8 @@ class _KernelWithTorchGradient(torch.autograd.Function):
 def run_kernel(kernel: Callable, in_torch: Callable, *args: Any) -> Tensor:
     """``kernel(*args)``, differentiable as ``in_torch(*args)`` where a gradient is wanted.
 
-    Differentiating twice raises torch's error for functions that are differentiable once.
+    For a kernel that has no backward yet: the op is run once more in torch and differentiated
+    there, which is right for every input and as slow as torch (CONTRIBUTING.md begins with it).
     """
     if wants_gradient(*args):
         return _KernelWithTorchGradient.apply(kernel, in_torch, *args)

@@ -1,16 +1,23 @@
-"""LayerNorm over the sum of a layer's output, its bias and the residual, in one pass."""
+"""LayerNorm over the sum of a layer's output, its bias and the residual, in one pass.
+
+Between two products of a BERT layer everything is here: the bias of the first, dropout, the
+residual and the norm. Backward gives all their gradients in one pass too.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
-from .gradient import run_kernel
+from .dropout import check_dropout, dropout_seed
+from .gradient import first_order_only, refuse_seed, wants_gradient
+from .recompute import remember
 from .reference import layer_norm_ref
 from .registry import define
 
-__all__ = ["layer_norm"]
+__all__ = ["layer_norm", "layer_norm_bwd", "norm_dtype"]
 
 
 def _launch(
@@ -20,18 +27,117 @@ def _launch(
     eps: float,
     residual: Tensor | None,
     input_bias: Tensor | None,
-) -> Tensor:
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_sum: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.layernorm import layernorm_fwd
 
-    return layernorm_fwd(x, residual, input_bias, weight, bias, eps=eps)[0]
+    y, z, statistics = layernorm_fwd(
+        x, residual, input_bias, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed,
+        keep_sum=keep_sum, out_dtype=dtype,
+    )  # fmt: skip
+    return y, x.new_empty(0) if z is None else z, statistics
+
+
+def _shapes(x, weight, bias, eps, residual, input_bias, dropout_p, seed, keep_sum, dtype):
+    wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape, dtype=wide) if keep_sum else x.new_empty(0),
+        x.new_empty(2, x.shape[0], dtype=torch.float32),
+    )
+
+
+def _launch_bwd(
+    dy: Tensor,
+    z: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    dx_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    sums: list[bool],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> list[Tensor]:
+    from ..kernels.layernorm import layernorm_bwd
+
+    dx, dresidual, of_rows = layernorm_bwd(
+        dy, z, statistics, weight, dx_dtype=dx_dtype, residual_dtype=residual_dtype, sums=sums,
+        dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return [dy.new_empty(0) if t is None else t for t in (dx, dresidual, *of_rows)]
+
+
+def _bwd_shapes(dy, z, statistics, weight, dx_dtype, residual_dtype, sums, dropout_p, seed):
+    own = residual_dtype is not None and (dropout_p > 0.0 or residual_dtype != dx_dtype)
+    return [
+        dy.new_empty(dy.shape, dtype=dx_dtype),
+        dy.new_empty(dy.shape, dtype=residual_dtype) if own else dy.new_empty(0),
+        *(
+            dy.new_empty(dy.shape[1], dtype=torch.float32) if wanted else dy.new_empty(0)
+            for wanted in sums
+        ),
+    ]
 
 
 _layer_norm = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
-    "Tensor? input_bias) -> Tensor",
+    "Tensor? input_bias, float dropout_p, Tensor? seed, bool keep_sum, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     _launch,
-    lambda x, weight, bias, eps, residual, input_bias: x.new_empty(x.shape),
+    _shapes,
 )
+# Not wanted gradients are empty; that of the residual too where it is dx itself.
+layer_norm_bwd = define(
+    "layer_norm_bwd(Tensor dy, Tensor z, Tensor statistics, Tensor? weight, ScalarType dx_dtype, "
+    "ScalarType? residual_dtype, bool[] sums, float dropout_p, Tensor? seed) -> Tensor[]",
+    _launch_bwd,
+    _bwd_shapes,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Also gives the sum and its statistics, which have no gradient: they are for `remember`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, input_bias, eps, dropout_p, seed, dtype):
+        y, z, statistics = _layer_norm(
+            x, weight, bias, eps, residual, input_bias, dropout_p, seed, True, dtype
+        )
+        ctx.save_for_backward(z, statistics, weight, seed)
+        ctx.dropout_p = dropout_p
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
+        ctx.input_bias_dtype = None if input_bias is None else input_bias.dtype
+        ctx.mark_non_differentiable(z, statistics)
+        return y, z, statistics
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, dy: Tensor, *unused):
+        z, statistics, weight, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, need_input_bias = ctx.needs_input_grad[:5]
+        x_dtype, weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
+        dx, dresidual, dweight, dbias, dinput_bias = layer_norm_bwd(
+            dy, z, statistics, weight, x_dtype, residual_dtype if need_residual else None,
+            [need_weight, need_bias, need_input_bias], ctx.dropout_p, seed,
+        )  # fmt: skip
+        if need_residual and dresidual.numel() == 0:
+            dresidual = dx
+        return (
+            dx if need_x else None,
+            dweight.to(weight_dtype) if need_weight else None,
+            dbias.to(bias_dtype) if need_bias else None,
+            dresidual if need_residual else None,
+            dinput_bias.to(ctx.input_bias_dtype) if need_input_bias else None,
+            *(None,) * 4,
+        )
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a norm's result: that of ``x``, or fp32 under autocast, as torch has it."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def layer_norm(
@@ -42,8 +148,10 @@ def layer_norm(
     eps: float,
     residual: Tensor | None = None,
     input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """``LayerNorm(x + residual + input_bias) * weight + bias`` over the last dimension
+    """``LayerNorm(dropout(x + input_bias) + residual) * weight + bias`` over the last dimension
     (1607.06450).
 
     Args:
@@ -52,14 +160,20 @@ def layer_norm(
         eps: added to the variance.
         residual: like ``x``, or None.
         input_bias: ``[N]``, the bias of the linear layer that made ``x``, or None.
+        dropout_p: probability of dropping a value of ``x + input_bias``.
+        seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
+            Kernels only.
 
     Returns:
-        Like ``x``, contiguous. Sum and statistics are in fp32 whatever the dtype (fp64 for fp64).
+        Like ``x``, contiguous; fp32 under autocast. Sum and statistics are in fp32 whatever the
+        dtype (fp64 for fp64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit; a probability outside 0 to 1.
+        NotImplementedError: a seed where torch runs.
 
-    Supported: fp32, fp16, bf16 (fp64 in torch), widths up to 8192 (any in torch), gradients.
+    Supported: fp32, fp16, bf16 (fp64 in torch), widths up to 8192 (any in torch), gradients (first
+    order with the kernels). Under autocast the tensors may differ in dtype.
     """
     for name, t in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
         if t is not None and t.shape != x.shape[-1:]:
@@ -70,10 +184,13 @@ def layer_norm(
         raise ValueError(
             f"layer_norm: expected a residual {tuple(x.shape)}, got {tuple(residual.shape)}"
         )
-    if resolve(x.device) == "torch" or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
-        return _in_torch(x, weight, bias, eps, residual, input_bias)
+    check_dropout("layer_norm", dropout_p, seed, x.device)
+    if resolve(x.device, x.dtype) == "torch" or x.numel() == 0:
+        refuse_seed("layer_norm", seed)
+        return _in_torch(x, weight, bias, eps, residual, input_bias, dropout_p)
+    mixed = torch.is_autocast_enabled(x.device.type)
     for name, t in (("residual", residual), ("input_bias", input_bias), ("weight", weight)):
-        if t is not None and (t.device != x.device or t.dtype != x.dtype):
+        if t is not None and (t.device != x.device or (t.dtype != x.dtype and not mixed)):
             raise ValueError(
                 f"layer_norm: expected {name} as x, {x.dtype} on {x.device}, "
                 f"got {t.dtype} on {t.device}"
@@ -81,8 +198,21 @@ def layer_norm(
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     residual = None if residual is None else residual.reshape(-1, width)
-    args = (rows, weight, bias, eps, residual, input_bias)
-    return run_kernel(_layer_norm, _in_torch, *args).view(x.shape)
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout_seed(x.device)
+    dtype = norm_dtype(x)
+    if not wants_gradient(x, weight, bias, residual, input_bias):
+        y, *_ = _layer_norm(
+            rows, weight, bias, eps, residual, input_bias, dropout_p, seed, False, dtype
+        )
+        return y.view(x.shape)
+    y, z, statistics = _LayerNorm.apply(
+        rows, weight, bias, residual, input_bias, eps, dropout_p, seed, dtype
+    )
+    y = y.view(x.shape)
+    if torch.compiler.is_compiling():
+        return y
+    return remember(y, z, statistics, weight, bias)
 
 
 def _in_torch(
@@ -92,5 +222,9 @@ def _in_torch(
     eps: float,
     residual: Tensor | None,
     input_bias: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
+    if dropout_p > 0.0:
+        x = F.dropout(x if input_bias is None else x + input_bias, dropout_p)
+        input_bias = None
     return layer_norm_ref(x, weight, bias, eps, residual=residual, input_bias=input_bias)

@@ -16,12 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve
-from .gradient import wants_gradient
+from .gradient import trains_on_kernels, wants_gradient
 from .layernorm import layer_norm
+from .linear_gradient import feed_forward_function, linear_function
 from .reference import bias_activation_ref, linear_ref
 from .registry import define
 
-__all__ = ["ACTIVATIONS", "activate", "linear", "linear_add_norm", "linear_gelu"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "feed_forward_add_norm",
+    "linear",
+    "linear_add_norm",
+    "linear_gelu",
+    "linear_stacked",
+]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 _ONEDNN_EPILOGUE = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", "")}
@@ -52,7 +61,12 @@ _bias_activation_ = define(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """``activation(x @ weight.T + bias)``, the layout of ``torch.nn.functional.linear``.
 
@@ -61,7 +75,9 @@ def linear(
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
         activation: None, ``"gelu"`` (the erf form, BERT's), ``"gelu_tanh"``, ``"relu"`` or
-        ``"silu"``.
+            ``"silu"``.
+        recompute: in backward compute the product once more instead of keeping what enters the
+            activation. Kernels only; elsewhere it changes nothing.
 
     Returns:
         ``[..., out]``; in the dtype of ``x``, or autocast's.
@@ -69,15 +85,17 @@ def linear(
     Raises:
         ValueError: shapes that do not fit, dtypes or devices that differ, an unknown activation.
 
-    Supported: fp32, fp16, bf16 (fp64 in torch), any size, gradients.
+    Supported: fp32, fp16, bf16 (fp64 in torch), any size, gradients (first order with the kernels).
     """
     _validate(x, weight, bias, activation)
+    if trains_on_kernels(x, weight, bias):
+        return linear_function(x, (weight,), (bias,), activation, recompute)
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         # Autocast's rules are torch's to apply, and a compiler fuses this better than opaque ops.
         return linear_ref(x, weight, bias, activation=activation)
-    if resolve(x.device) == "torch":
+    if resolve(x.device, x.dtype) == "torch":
         return _linear_in_torch(x, weight, bias, activation)
-    if activation is None or x.numel() == 0 or wants_gradient(x, weight, bias):
+    if activation is None or x.numel() == 0:
         return linear_ref(x, weight, bias, activation=activation)
     rows = x.reshape(-1, x.shape[-1])
     if _route(rows, weight) == "fused":
@@ -91,6 +109,29 @@ def linear(
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` with BERT's activation, the erf form of GELU (Hendrycks and Gimpel, 1606.08415)."""
     return linear(x, weight, bias, activation="gelu")
+
+
+def linear_stacked(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
+    """Several linear layers over the same rows, their results side by side: one product.
+
+    Args:
+        x: ``[..., in]``.
+        weights: ``[out_i, in]`` each.
+        biases: ``[out_i]`` each.
+
+    Returns:
+        ``[..., sum(out_i)]``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Supported: as `linear`. For backward the parts are kept, not their concatenation.
+    """
+    for weight, bias in zip(weights, biases, strict=True):
+        _validate(x, weight, bias, None)
+    if trains_on_kernels(x, *weights, *biases):
+        return linear_function(x, weights, biases)
+    return linear(x, torch.cat(weights), torch.cat(biases))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -112,8 +153,10 @@ def linear_add_norm(
     norm_bias: Tensor | None,
     *,
     eps: float,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """``LayerNorm(x @ weight.T + bias + residual)``, the end of both halves of a BERT layer.
+    """``LayerNorm(dropout(x @ weight.T + bias) + residual)``, the end of both halves of a BERT
+    layer.
 
     The sums ride on the product's epilogue where the library offers one (oneDNN), else on the
     norm's kernel, so that they cost no pass of their own.
@@ -123,6 +166,7 @@ def linear_add_norm(
         weight, bias: ``[out, in]`` and ``[out]`` or None.
         residual: ``[T, out]``.
         norm_weight, norm_bias, eps: as in `fastbert.ops.layer_norm`.
+        dropout_p: probability of dropping a value of the product.
 
     Returns:
         ``[T, out]``.
@@ -133,7 +177,11 @@ def linear_add_norm(
     Supported: as `linear` and `layer_norm`.
     """
     _validate(x, weight, bias, None)
-    if _on_onednn(x, weight) and not wants_gradient(x, weight, bias, residual, norm_weight):
+    if (
+        dropout_p == 0.0
+        and _on_onednn(x, weight)
+        and not wants_gradient(x, weight, bias, residual, norm_weight)
+    ):
         if residual.shape != (*x.shape[:-1], weight.shape[0]):
             raise ValueError(
                 f"linear_add_norm: expected a residual {(*x.shape[:-1], weight.shape[0])}, "
@@ -141,16 +189,80 @@ def linear_add_norm(
             )
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
-    kernel = resolve(x.device) == "triton" and not torch.compiler.is_compiling()
-    product = linear(x, weight, None if kernel else bias)
+    kernel = _adds_in_norm(x)
     return layer_norm(
-        product,
+        linear(x, weight, None if kernel else bias),
         norm_weight,
         norm_bias,
         eps=eps,
         residual=residual,
         input_bias=bias if kernel else None,
+        dropout_p=dropout_p,
     )
+
+
+def feed_forward_add_norm(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor | None,
+    activation: str,
+    weight_2: Tensor,
+    bias_2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    dropout_p: float = 0.0,
+    recompute: bool = False,
+) -> Tensor:
+    """``LayerNorm(dropout(act(x @ weight_1.T + bias_1) @ weight_2.T + bias_2) + x)``, the second
+    half of a BERT layer.
+
+    In training on the kernels neither ``x``, where it is a norm, nor the activation's result is
+    kept for backward.
+
+    Args:
+        x: ``[T, E]``.
+        weight_1, bias_1: ``[F, E]`` and ``[F]`` or None.
+        activation: one of `ACTIVATIONS`.
+        weight_2, bias_2: ``[E, F]`` and ``[E]`` or None.
+        norm_weight, norm_bias, eps: as in `fastbert.ops.layer_norm`.
+        dropout_p: probability of dropping a value of the second product.
+        recompute: as in `linear`.
+
+    Returns:
+        ``[T, E]``.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+
+    Supported: as `linear` and `layer_norm`.
+    """
+    if not trains_on_kernels(x, weight_1, bias_1, weight_2):
+        inner = linear(x, weight_1, bias_1, activation=activation)
+        return linear_add_norm(
+            inner, weight_2, bias_2, x, norm_weight, norm_bias, eps=eps, dropout_p=dropout_p
+        )
+    _validate(x, weight_1, bias_1, activation)
+    if weight_2.shape != weight_1.shape[::-1]:
+        raise ValueError(
+            f"feed_forward_add_norm: expected weight_2 {tuple(weight_1.shape[::-1])}, "
+            f"got {tuple(weight_2.shape)}"
+        )
+    return layer_norm(
+        feed_forward_function(x, weight_1, bias_1, weight_2, activation, recompute),
+        norm_weight,
+        norm_bias,
+        eps=eps,
+        residual=x,
+        input_bias=bias_2,
+        dropout_p=dropout_p,
+    )
+
+
+def _adds_in_norm(x: Tensor) -> bool:
+    """Whether a bias is better added by the norm's kernel than by the product."""
+    return resolve(x.device, x.dtype) == "triton" and not torch.compiler.is_compiling()
 
 
 def _check_activation(activation: str | None) -> None:

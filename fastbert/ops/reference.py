@@ -29,10 +29,10 @@ def softmax_ref(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Te
     x = x * scale
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else x + mask
-    probabilities = torch.softmax(x, dim=-1)
     if mask is None:
-        return probabilities
-    return probabilities.masked_fill((x == -math.inf).all(-1, keepdim=True), 0.0)
+        return torch.softmax(x, dim=-1)
+    alone = (x == -math.inf).all(-1, keepdim=True)  # filled first: their gradient would be NaN
+    return torch.softmax(x.masked_fill(alone, 0.0), dim=-1).masked_fill(alone, 0.0)
 
 
 def attention_ref(
@@ -42,14 +42,17 @@ def attention_ref(
     key_mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(q @ k.T * scale + bias) @ v``; q ``[B, H, Sq, D]``, k and v ``[B, H, Sk, D]``."""
+    """``(softmax(q @ k.T * scale + bias) * kept) @ v``; q ``[B, H, Sq, D]``, k and v
+    ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
     if key_mask is not None:
         keep = key_mask[:, None, None, :]
         mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
-    return softmax_ref(q @ k.transpose(-1, -2), mask, scale) @ v
+    p = softmax_ref(q @ k.transpose(-1, -2), mask, scale)
+    return (p if kept is None else p * kept.to(p)) @ v
 
 
 def attention_varlen_ref(
@@ -59,17 +62,16 @@ def attention_varlen_ref(
     lengths_q: Sequence[int],
     lengths_k: Sequence[int],
     scale: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``."""
-    parts = [
-        attention_ref(*(t.transpose(0, 1)[None] for t in qkv), scale=scale)[0].transpose(0, 1)
-        for qkv in zip(
-            q.split(list(lengths_q)),
-            k.split(list(lengths_k)),
-            v.split(list(lengths_k)),
-            strict=True,
-        )
-    ]
+    """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``, kept
+    ``[B, H, longest Sq, longest Sk]``."""
+    parts = []
+    rows = (q.split(list(lengths_q)), k.split(list(lengths_k)), v.split(list(lengths_k)))
+    for i, qkv in enumerate(zip(*rows, strict=True)):
+        factors = None if kept is None else kept[i : i + 1, :, : lengths_q[i], : lengths_k[i]]
+        one = (t.transpose(0, 1)[None] for t in qkv)
+        parts.append(attention_ref(*one, scale=scale, kept=factors)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -80,10 +82,14 @@ def layer_norm_ref(
     eps: float,
     residual: Tensor | None = None,
     input_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """``LayerNorm(x + input_bias + residual) * weight + bias`` over the last dimension."""
+    """``LayerNorm((x + input_bias) * kept + residual) * weight + bias`` over the last dimension;
+    kept (the factors of dropout) like x."""
     if input_bias is not None:
         x = x + input_bias
+    if kept is not None:
+        x = x * kept.to(x)
     if residual is not None:
         x = x + residual
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -99,9 +105,10 @@ def embed_ref(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``."""
-    x = F.embedding(token_ids, word)
+    x = F.embedding(token_ids, word, padding_idx)
     if token_type is not None:
         x = x + F.embedding(token_type_ids, token_type)
     x = x + F.embedding(position_ids, position)

@@ -1,0 +1,179 @@
+"""Linear layers for training on the kernels: products are the library's, what is kept is not.
+
+Autograd would keep the input of every product and of every activation. Here a product whose input
+is a norm keeps what the norm keeps anyway (`fastbert.ops.recompute`), and two products with an
+activation between them keep what enters the activation, from which backward makes what leaves it in
+the pass that needs the derivative. No product is computed twice unless ``recompute`` asks for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gradient import first_order_only
+from .recompute import kept, remade
+from .registry import define
+
+__all__ = ["feed_forward_function", "linear_function"]
+
+
+def _launch(x: Tensor, activation: str) -> Tensor:
+    from ..kernels.linear import activation_fwd
+
+    return activation_fwd(x, activation=activation)
+
+
+def _launch_bwd(
+    dy: Tensor, x: Tensor, activation: str, bias_gradient: bool, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.linear import activation_bwd
+
+    dx, y, dbias = activation_bwd(
+        dy, x, activation=activation, bias_gradient=bias_gradient, again=again
+    )
+    return dx, x.new_empty(0) if y is None else y, x.new_empty(0) if dbias is None else dbias
+
+
+_activation = define(
+    "activation(Tensor x, str activation) -> Tensor",
+    _launch,
+    lambda x, activation: x.new_empty(x.shape),
+)
+_activation_bwd = define(
+    "activation_bwd(Tensor dy, Tensor x, str activation, bool bias_gradient, bool again) "
+    "-> (Tensor, Tensor, Tensor)",
+    _launch_bwd,
+    lambda dy, x, activation, bias_gradient, again: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if again else 0),
+        x.new_empty(x.shape[1] if bias_gradient else 0, dtype=torch.float32),
+    ),
+)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """That of the products: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _joined(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor | None:
+    """Several weights or biases as one, stacked along dimension 0."""
+    if tensors[0] is None:
+        return None
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
+
+
+def _split(gradient: Tensor, like: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list:
+    parts = gradient.split([t.shape[0] for t in like])
+    return [g.to(t.dtype) if n else None for g, t, n in zip(parts, like, needed, strict=True)]
+
+
+class _Linear(torch.autograd.Function):
+    """``act(x @ cat(weights).T + cat(biases))``; the parts are kept, not their concatenation."""
+
+    @staticmethod
+    def forward(ctx, x, dtype, activation, recompute, count, *parts):
+        weights, biases = parts[:count], parts[count:]
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        pre = F.linear(rows, _joined(weights, dtype), _joined(biases, dtype))
+        source = kept(x) if any(ctx.needs_input_grad[5 : 5 + count]) or recompute else ()
+        inner = () if activation is None or recompute else (pre,)
+        ctx.save_for_backward(*parts, *inner, *source)
+        ctx.activation, ctx.count, ctx.inner = activation, count, len(inner)
+        ctx.dtype, ctx.x_dtype, ctx.x_shape = dtype, x.dtype, x.shape
+        y = pre if activation is None else _activation(pre, activation)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, dy: Tensor):
+        count, dtype, needed = ctx.count, ctx.dtype, ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        weights, biases = saved[:count], saved[count : 2 * count]
+        inner, source = saved[2 * count : 2 * count + ctx.inner], saved[2 * count + ctx.inner :]
+        need_weight, need_bias = any(needed[5 : 5 + count]), any(needed[5 + count :])
+        weight = _joined(weights, dtype)
+        x = remade(source, dtype) if source else None
+        dy = dy.reshape(-1, dy.shape[-1])
+        dbias = None
+        if ctx.activation is not None:
+            pre = inner[0] if inner else F.linear(x, weight, _joined(biases, dtype))
+            dy, _, dbias = _activation_bwd(dy, pre, ctx.activation, need_bias, False)
+        elif need_bias:
+            dbias = dy.sum(0)
+        dx = (dy @ weight).view(ctx.x_shape).to(ctx.x_dtype) if needed[0] else None
+        dweights = dbiases = (None,) * count
+        if need_weight:
+            dweights = _split(dy.t() @ x, weights, needed[5 : 5 + count])
+        if need_bias:
+            dbiases = _split(dbias, biases, needed[5 + count :])
+        return dx, *(None,) * 4, *dweights, *dbiases
+
+
+class _FeedForward(torch.autograd.Function):
+    """``act(x @ w1.T + b1) @ w2.T``; the activation's result is not kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight_1, bias_1, weight_2, activation, recompute, dtype):
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        bias = None if bias_1 is None else bias_1.to(dtype)
+        pre = F.linear(rows, weight_1.to(dtype), bias)
+        y = F.linear(_activation(pre, activation), weight_2.to(dtype))
+        source = kept(x) if ctx.needs_input_grad[1] or recompute else ()
+        inner = () if recompute else (pre,)
+        ctx.save_for_backward(weight_1, bias_1, weight_2, *inner, *source)
+        ctx.activation, ctx.inner = activation, len(inner)
+        ctx.dtype, ctx.x_dtype, ctx.x_shape = dtype, x.dtype, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, dy: Tensor):
+        need_x, need_1, need_bias, need_2 = ctx.needs_input_grad[:4]
+        weight_1, bias_1, weight_2, *rest = ctx.saved_tensors
+        inner, source, dtype = rest[: ctx.inner], tuple(rest[ctx.inner :]), ctx.dtype
+        x = remade(source, dtype) if source else None
+        wide_1 = weight_1.to(dtype)
+        if inner:
+            pre = inner[0]
+        else:
+            pre = F.linear(x, wide_1, None if bias_1 is None else bias_1.to(dtype))
+        dy = dy.reshape(-1, dy.shape[-1])
+        dpre, h, dbias = _activation_bwd(
+            dy @ weight_2.to(dtype), pre, ctx.activation, need_bias, need_2
+        )
+        return (
+            (dpre @ wide_1).view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
+            (dpre.t() @ x).to(weight_1.dtype) if need_1 else None,
+            dbias.to(bias_1.dtype) if need_bias else None,
+            (dy.t() @ h).to(weight_2.dtype) if need_2 else None,
+            *(None,) * 3,
+        )
+
+
+def linear_function(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    activation: str | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """``act(x @ cat(weights).T + cat(biases))``; biases are all there or all None."""
+    dtype = _compute_dtype(x)
+    return _Linear.apply(x, dtype, activation, recompute, len(weights), *weights, *biases)
+
+
+def feed_forward_function(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor | None,
+    weight_2: Tensor,
+    activation: str,
+    recompute: bool = False,
+) -> Tensor:
+    """``act(x @ weight_1.T + bias_1) @ weight_2.T``."""
+    dtype = _compute_dtype(x)
+    return _FeedForward.apply(x, weight_1, bias_1, weight_2, activation, recompute, dtype)

@@ -1,0 +1,104 @@
+"""Cross-entropy over the rows of a product, in place: logits in, losses and their gradients out.
+
+``loss = lse - (1 - smoothing) * x[label] - smoothing * mean(x)``, with ``lse = logsumexp(x)`` and
+``x`` the logits with their bias. Two passes over a row, which for BERT's vocabulary stays in cache
+between them: the first finds the log-sum-exp online (Milakov and Gimelshein, 1805.02867), the
+second overwrites the logits with ``softmax(x) - (1 - smoothing) * onehot - smoothing / V``. No
+tensor of the size of the logits is made beside them, and backward has nothing to read again (the
+idea of Liger-Kernel, 2410.10989). A label outside the vocabulary makes its loss NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import LN2, LOG2E
+from ._device import device_arch, on_device
+from ._tiles import cross_entropy_tile
+
+__all__ = ["cross_entropy_"]
+
+
+@triton.jit(do_not_specialize=["smoothing"])
+def _cross_entropy_kernel(
+    loss_ptr,  # [M], fp32
+    x_ptr,  # [M, N]; becomes the gradient
+    bias_ptr,  # [N] or None
+    labels_ptr,  # [M], int64
+    stride_x_m,
+    smoothing,
+    N: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x_m
+    label = tl.load(labels_ptr + row)
+    offs_n = tl.arange(0, BLOCK_N)
+    top = float("-inf")
+    total = 0.0
+    sum_x = 0.0
+    for start in range(0, N, BLOCK_N):
+        mask = start + offs_n < N
+        x = tl.load(x_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+        sum_x += tl.sum(x, 0)
+        x = tl.where(mask, x, float("-inf"))
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp2((top - higher) * LOG2E)
+        total += tl.sum(tl.exp2((x - higher) * LOG2E), 0)
+        top = higher
+    log_total = tl.log2(total) * LN2  # log-sum-exp, less the largest
+    inside = (label >= 0) & (label < N)
+    label = tl.where(inside, label, 0)
+    x_label = tl.load(x_ptr + label).to(tl.float32)
+    if bias_ptr is not None:
+        x_label += tl.load(bias_ptr + label).to(tl.float32)
+    loss = (log_total - (x_label - top)) * (1.0 - smoothing)
+    loss += (log_total - (sum_x / N - top)) * smoothing
+    tl.store(loss_ptr + row, tl.where(inside, loss, float("nan")))
+    if GRADIENT:
+        tl.debug_barrier()  # every thread has read x[label]
+        for start in range(0, N, BLOCK_N):
+            mask = start + offs_n < N
+            x = tl.load(x_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                x += tl.load(bias_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            gradient = tl.exp2((x - top) * LOG2E) / total - smoothing / N
+            gradient -= tl.where(start + offs_n == label, 1.0 - smoothing, 0.0)
+            tl.store(x_ptr + start + offs_n, gradient.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def cross_entropy_(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    smoothing: float,
+    gradient: bool,
+) -> torch.Tensor:
+    """Losses of rows of logits.
+
+    Args:
+        x: ``[M, N]``, any row stride; with ``gradient`` it becomes that of the sum of the losses.
+        bias: ``[N]`` or None, added to every row.
+        labels: int64 ``[M]``, from 0 to N - 1; elsewhere the loss is NaN.
+        smoothing: of the labels, 0 to 1.
+        gradient: whether to overwrite ``x``.
+
+    Returns:
+        fp32 ``[M]``.
+    """
+    m, n = x.shape
+    assert x.stride(1) == 1, "in place: rows must be contiguous"
+    loss = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m == 0:
+        return loss
+    tile = cross_entropy_tile(n, device_arch(x.device))
+    with on_device(x.device):
+        _cross_entropy_kernel[(m,)](
+            loss, x, bias, labels.contiguous(), x.stride(0), smoothing,
+            N=n, GRADIENT=gradient, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return loss

@@ -1,0 +1,230 @@
+"""The masked-LM head of training, and what a training loop may ask of a model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import RIGHT, inputs_for, pair
+
+import fastbert
+from fastbert.testing import assert_within_budget
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LABELS = torch.randint(0, 99, (4, 9), generator=torch.Generator().manual_seed(4))
+LABELS = LABELS.masked_fill((RIGHT == 0) | (LABELS > 40), -100)
+NEXT = torch.tensor([0, 1, 1, 0])
+
+
+def masked_lm(device, head="BertForMaskedLM", **changes):
+    theirs, ours = (m.train() for m in pair(head, device, **NO_DROPOUT, **changes))
+    inputs = {**inputs_for(head, RIGHT, device), "labels": LABELS.clone().to(device)}
+    if head == "BertForPreTraining":
+        inputs["next_sentence_label"] = NEXT.to(device)
+    return theirs, ours, inputs
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, g in expected.items():
+        torch.testing.assert_close(actual[name], g, atol=2e-5 * g.abs().max().item() + 1e-6, rtol=0)
+
+
+def test_the_head_sees_labelled_tokens_only(device, each_backend, monkeypatch):
+    _, ours, inputs = masked_lm(device)
+    rows = []
+    real = fastbert.families.bert_heads.summed_cross_entropy
+    monkeypatch.setattr(
+        fastbert.families.bert_heads,
+        "summed_cross_entropy",
+        lambda x, *rest: (rows.append(x.shape[0]), real(x, *rest))[1],
+    )
+    ours(**inputs).loss.backward()
+    assert rows == [int((LABELS != -100).sum())]
+    ours.eval()(**inputs)
+    with torch.no_grad():
+        ours.train()(**inputs)
+    assert len(rows) == 1  # outside training the whole head runs
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
+def test_logits_of_training_are_there_for_who_reads_them(head, device, each_backend):
+    theirs, ours, inputs = masked_lm(device, head)
+    field = "logits" if head == "BertForMaskedLM" else "prediction_logits"
+    expected, actual = theirs(**inputs), ours(**inputs)
+    real = RIGHT.bool().to(device)
+    torch.testing.assert_close(
+        getattr(actual, field)[real], getattr(expected, field)[real], atol=1e-4, rtol=1e-4
+    )
+    assert list(actual) == list(expected)
+    assert [t.shape for t in actual.to_tuple()] == [t.shape for t in expected.to_tuple()]
+    fresh = ours(**inputs)
+    assert fresh[field].shape == fresh[1].shape == expected[field].shape
+    as_tuple = ours(**inputs, return_dict=False)
+    assert [t.shape for t in as_tuple] == [t.shape for t in expected.to_tuple()]
+    # A loss of one's own on the logits beside the model's.
+    grads = []
+    for model in (theirs, ours):
+        output = model(**inputs)
+        extra = getattr(output, field)[real].pow(2).mean()
+        grads.append(gradients(model, output.loss + extra))
+    close(grads[1], grads[0])
+
+
+def test_logits_that_would_be_another_models_are_refused(device, each_backend):
+    _, ours, inputs = masked_lm(device)
+    output = ours(**inputs)
+    output.loss.backward()
+    assert output.logits is not None
+    output = ours(**inputs)
+    output.loss.backward()
+    torch.optim.SGD(ours.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="before optimizer"):
+        output.logits  # noqa: B018
+    assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
+def test_accumulated_batches_give_the_gradient_of_the_whole(head, device, each_backend):
+    """``num_items_in_batch``, as Trainer passes it."""
+    _, ours, inputs = masked_lm(device, head)
+    if head == "BertForPreTraining":  # the same number of labels in both halves of its batch
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+        inputs["labels"][:, 0] = 7
+    whole = gradients(ours, ours(**inputs).loss)
+    num_items = (inputs["labels"] != -100).sum()
+    for count in (num_items, int(num_items)):
+        parts = [{k: v[i : i + 2] for k, v in inputs.items()} for i in (0, 2)]
+        loss = sum(ours(**part, num_items_in_batch=count).loss for part in parts)
+        close(gradients(ours, loss), whole)
+    evaluated = ours.eval()(**inputs, num_items_in_batch=2 * num_items).loss
+    if head == "BertForMaskedLM":
+        torch.testing.assert_close(evaluated, ours(**inputs).loss / 2)
+
+
+def test_no_label_at_all(device, each_backend):
+    """A batch in which nothing was masked: the loss is 0 and moves nothing, in every mode."""
+    _, ours, inputs = masked_lm(device)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = ours(**inputs).loss
+    assert loss == 0.0
+    assert not any(g.any() for g in gradients(ours, loss).values())
+    assert ours.eval()(**inputs).loss == 0.0
+
+
+def test_a_label_outside_the_vocabulary_is_named(device, each_backend):
+    _, ours, inputs = masked_lm(device)
+    inputs["labels"][0, 0] = 99
+    with pytest.raises(ValueError, match="from 0 to 98, or -100"):
+        ours(**inputs)
+
+
+def test_tied_and_untied_decoders(device, each_backend):
+    for tie in (True, False):
+        theirs, ours, inputs = masked_lm(device, tie_word_embeddings=tie)
+        table = ours.bert.embeddings.word_embeddings.weight
+        assert (ours.cls.predictions.decoder.weight is table) == tie
+        grads = [gradients(m, m(**inputs).loss) for m in (theirs, ours)]
+        close(grads[1], grads[0])
+
+
+def test_another_head_keeps_running_as_it_is(device, each_backend):
+    """A decoder with something around it, a hook on the transform, a subclass: all logits."""
+    theirs, ours, inputs = masked_lm(device)
+    expected = theirs(**inputs).loss
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2.0
+
+    odd = copy.deepcopy(ours)
+    decoder = odd.cls.predictions.decoder
+    decoder.__class__ = Doubled
+    output = odd(**inputs)
+    doubled = F.cross_entropy(
+        theirs(**inputs).logits.flatten(0, 1) * 2.0, inputs["labels"].flatten()
+    )
+    torch.testing.assert_close(output.loss, doubled, atol=1e-4, rtol=1e-4)
+    seen = []
+    ours.cls.predictions.transform.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    torch.testing.assert_close(ours(**inputs).loss, expected, atol=1e-4, rtol=1e-4)
+    assert seen == [(4, 9, 32)] or seen == [(21, 32)]
+
+
+def test_frozen_parts(device, each_backend):
+    """Only what is to be trained gets a gradient, and it is the same as transformers'."""
+    for frozen in (
+        "embeddings",
+        "bert",
+        "encoder.layer.0",
+        "cls.predictions",
+        "LayerNorm",
+        "bias",
+    ):
+        theirs, ours, inputs = masked_lm(device)
+        for model in (theirs, ours):
+            for name, p in model.named_parameters():
+                p.requires_grad_(frozen not in name)
+        grads = [gradients(m, m(**inputs).loss) for m in (theirs, ours)]
+        close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing(reentrant, dropout, device, each_backend):
+    _, ours, inputs = masked_lm(device)
+    for module in ours.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    results = []
+    for checkpoint in (False, True):
+        if checkpoint:
+            enable = getattr(ours, "activation_checkpointing_enable", None)  # transformers 5.20 on
+            (enable or ours.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+            if reentrant:  # otherwise the embeddings' output would be cut off
+                ours.enable_input_require_grads()
+        torch.manual_seed(9)
+        results.append(gradients(ours, ours(**inputs).loss))
+    close(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_matches_transformers(dtype, device, each_backend):
+    """Values, dtypes of outputs, fp32 gradients, with the scaler of fp16."""
+    theirs, ours, inputs = masked_lm(device)
+    exact = copy.deepcopy(theirs).double()
+    losses, grads = [], []
+    for model in (theirs, ours):
+        with torch.autocast(device, dtype):
+            output = model(**inputs)
+            states = model.bert(**{k: v for k, v in inputs.items() if k != "labels"})[0]
+        assert output.loss.dtype == torch.float32
+        losses.append(output.loss.detach())
+        grads.append(gradients(model, output.loss * 1024.0))
+        if model is theirs:
+            expected_dtype = states.dtype
+        assert states.dtype == expected_dtype
+    wanted = gradients(exact, exact(**inputs).loss * 1024.0)
+    units = {n: g.abs().max() for n, g in wanted.items() if g.abs().max() > 1e-9}
+    got, oracle, baseline = (
+        torch.cat([(g[n].double() / unit).flatten() for n, unit in units.items()])
+        for g in (grads[1], wanted, grads[0])
+    )
+    assert all(g.dtype == torch.float32 for g in grads[1].values())
+    assert_within_budget(got.to(dtype), oracle, baseline, f"gradients under autocast to {dtype}")
+
+
+def test_gradients_of_gradients_are_refused(device, each_backend):
+    """A penalty on gradients is never silently left out: kernels have no second order, and torch's
+    attention on a CPU neither."""
+    _, ours, inputs = masked_lm(device)
+    weight = ours.bert.encoder.layer[0].output.dense.weight
+    with pytest.raises(RuntimeError, match=r"first-order|not implemented"):
+        (grad,) = torch.autograd.grad(ours(**inputs).loss, weight, create_graph=True)
+        grad.pow(2).sum().backward()
