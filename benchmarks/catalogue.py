@@ -58,11 +58,11 @@ def _smoke() -> list[Workload]:
         kernel("attention", **ragged, **smoke),
         kernel("attention", direction="backward", **ragged, **smoke),
         kernel("attention, bias", B=2, S=16, H=2, D=16, bias=True, **smoke),
-        kernel("layer norm", M=8, N=64, residual=True, **smoke),
-        kernel("layer norm", direction="backward", M=8, N=64, **smoke),
-        kernel("softmax", M=8, N=32, **smoke),
-        kernel("embedding", T=8, E=32, **smoke),
-        kernel("linear + GELU", M=8, N=64, K=32, **smoke),
+        kernel("layer norm", M=32, N=64, residual=True, **smoke),
+        kernel("layer norm", direction="backward", M=32, N=64, **smoke),
+        kernel("softmax", M=32, N=32, **smoke),
+        kernel("embedding", T=32, E=32, **smoke),
+        kernel("linear + GELU", M=32, N=64, K=32, **smoke),
     ]
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
 from fastbert.ops import cross_entropy as module
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches, with_gradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,12 +45,11 @@ def test_loss_and_gradients_match_fp64(dtype, vocabulary, smoothing, device, eac
             partial(loss, labels=labels, reduction=reduction, label_smoothing=smoothing)
             for loss in (ops.linear_cross_entropy, by_torch)
         )
-        actual = gradients(run, tensors, dtype, 3.0)
-        exact, torchs = (gradients(plain, tensors, kind, 3.0) for kind in (torch.float64, dtype))
-        assert actual[0].dtype == torch.float32
-        for got, oracle, baseline in zip(actual, exact, torchs, strict=True):
-            assert_within_budget(got.to(dtype), oracle, baseline, f"{reduction} {tuple(got.shape)}")
-        assert all(got.dtype == dtype for got in actual[1:])
+        upstream = torch.tensor(3.0, device=device)
+        loss, *grads = with_gradients(run)(upstream, *tensors)
+        assert loss.dtype == torch.float32 and all(g.dtype == dtype for g in grads)
+        actual = [loss.to(dtype), *grads]
+        assert_matches(actual, with_gradients(plain), (upstream, *tensors), reduction)
 
 
 def test_chunks_give_what_one_piece_gives(device, each_backend, monkeypatch):

@@ -1,5 +1,7 @@
 """The attention kernels against their reference, through the ops that launch them."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import fastbert
 from fastbert import ops
 from fastbert.ops.reference import attention_ref, attention_varlen_ref
 from fastbert.packing import PackedBatch
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,15 +34,24 @@ def projection(total: int, heads: int, head_dim: int, dtype, device):
     return torch.randn(total, 3, heads, head_dim).to(device, dtype).unbind(1)
 
 
+def check(actual, reference, tensors, *rest, name, **options):
+    """The kernels compute in fp32 from operands of their dtype, and round once."""
+    options["operands"] = tensors[0].dtype
+    assert_matches(
+        actual, lambda *tensors: reference(*tensors, *rest, **options), tensors, name,
+        inside=torch.float32,
+    )  # fmt: skip
+
+
 def check_varlen(q, k, v, lengths, key_lengths=None, scale=None):
     batch = PackedBatch.from_lengths(lengths, q.device)
     keys = None if key_lengths is None else PackedBatch.from_lengths(key_lengths, q.device)
     actual = ops.attention_varlen(q, k, v, batch, key_batch=keys, scale=scale)
     assert actual.is_contiguous()
-    reference = (lengths, key_lengths or lengths, scale)
-    oracle = attention_varlen_ref(q.double(), k.double(), v.double(), *reference)
-    baseline = attention_varlen_ref(q, k, v, *reference)
-    assert_within_budget(actual, oracle, baseline, f"attention_varlen {lengths}")
+    check(
+        actual, attention_varlen_ref, (q, k, v), lengths, key_lengths or lengths, scale,
+        name=f"attention_varlen {lengths}",
+    )  # fmt: skip
     return actual
 
 
@@ -101,27 +112,21 @@ def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
     lengths = [30, 1, 17]
     q, k, v = projection(48, 2, 32, torch.float32, device)
     batch = PackedBatch.from_lengths(lengths, device)
-    wide = [t.double() for t in (q, k, v)]
-    oracle = attention_varlen_ref(*wide, lengths, lengths)
-    baseline = attention_varlen_ref(q, k, v, lengths, lengths)
-    sums = [
-        [
-            torch.logsumexp(
-                torch.einsum("qhd,khd->hqk", *(t.split(lengths)[i] for t in qk)) * 32**-0.5, -1
-            ) / torch.log(torch.tensor(2.0, dtype=qk[0].dtype))
-            for i in range(3)
+
+    def specification(q, k, v):
+        sums = [
+            torch.logsumexp(torch.einsum("qhd,khd->hqk", *rows) * 32**-0.5, -1) / math.log(2)
+            for rows in zip(q.split(lengths), k.split(lengths), strict=True)
         ]
-        for qk in (wide[:2], (q, k))
-    ]  # fmt: skip
-    oracle_lse, baseline_lse = (torch.cat(s, -1) for s in sums)
+        return attention_varlen_ref(q, k, v, lengths, lengths), torch.cat(sums, -1)
+
     for single, block_m, block_n in ((True, 32, 32), (False, 32, 32), (False, 16, 16)):
         tile = AttentionTile(block_m, block_n, 32, 4, 1, single)
-        out, lse = attention_varlen_fwd(
+        results = attention_varlen_fwd(
             q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.tile_map(block_m), tile,
             scale=32**-0.5,
         )  # fmt: skip
-        assert_within_budget(out, oracle, baseline, f"out, {tile}")
-        assert_within_budget(lse, oracle_lse, baseline_lse, f"log-sum-exp, {tile}")
+        assert_matches(results, specification, (q, k, v), str(tile))
 
 
 def test_nothing_outside_the_given_rows_is_read(device):
@@ -157,8 +162,7 @@ def test_rows_far_apart_are_found(single, device):
         q, k, v, one.cu_seqlens, other.cu_seqlens, one.tile_map(16), tile, scale=0.25
     )
     near = [t.contiguous() for t in (q, k, v)]
-    oracle = attention_varlen_ref(*(t.double() for t in near), [3], [keys])
-    assert_within_budget(out, oracle, attention_varlen_ref(*near, [3], [keys]), "far apart")
+    check(out, attention_varlen_ref, near, [3], [keys], name="far apart")
 
 
 PADDED = {  # (B, H, Sq, Sk, D)
@@ -197,10 +201,13 @@ def test_padded_matches_reference(shape, dtype, masked, bias_shape, device):
         bias[..., 0, 0] = -torch.inf
     actual = ops.attention(q, k, v, key_mask=mask, bias=bias)
     assert actual.transpose(1, 2).is_contiguous()
-    wide = None if bias is None else bias.double()
-    oracle = attention_ref(q.double(), k.double(), v.double(), mask, wide)
-    baseline = attention_ref(q, k, v, mask, bias)
-    assert_within_budget(actual, oracle, baseline, f"attention {shape}")
+    assert_matches(
+        actual,
+        lambda q, k, v, bias: attention_ref(q, k, v, mask, bias, operands=dtype),
+        (q, k, v, bias),
+        f"attention {shape}",
+        inside=torch.float32,
+    )
     if masked:
         assert not actual[-1].any()
 
@@ -220,12 +227,8 @@ def test_packed_equals_padded_at_the_size_of_bert(device):
     batch = PackedBatch.from_mask(mask)
     heads_first = [batch.unpack(t).transpose(1, 2) for t in (q, k, v)]
     padded = ops.attention(*heads_first, key_mask=mask).transpose(1, 2)
-    exact = attention_varlen_ref(*(t.double() for t in (q, k, v)), lengths, lengths)
     # the two differ in nothing but how they find a row
     assert torch.equal(check_varlen(q, k, v, lengths), batch.pack(padded))
-    assert_within_budget(
-        batch.pack(padded), exact, attention_varlen_ref(q, k, v, lengths, lengths), "padded"
-    )
 
 
 def test_rows_of_queries_and_results_are_found_beyond_31_bits(device):
@@ -244,9 +247,7 @@ def test_rows_of_queries_and_results_are_found_beyond_31_bits(device):
         q, k, v, batch.cu_seqlens, batch.cu_seqlens, last, tile, scale=0.1
     )
     near = [t[-rows:].clone() for t in (q, k, v)]
-    oracle = attention_varlen_ref(*(t.double() for t in near), [rows], [rows], scale=0.1)
-    baseline = attention_varlen_ref(*near, [rows], [rows], scale=0.1)
-    assert_within_budget(out[-rows:], oracle, baseline, "last rows")
+    check(out[-rows:], attention_varlen_ref, near, [rows], [rows], 0.1, name="last rows")
     assert lse[0, -rows:].isfinite().all()
 
 
@@ -254,12 +255,7 @@ def test_rows_of_queries_and_results_are_found_beyond_31_bits(device):
 def test_attention_takes_any_scale(scale, device):
     q, k, v = torch.randn(3, 2, 2, 40, 32, device=device)
     actual = ops.attention(q, k, v, scale=scale)
-    oracle = attention_ref(q.double(), k.double(), v.double(), scale=scale)
-    assert_within_budget(actual, oracle, attention_ref(q, k, v, scale=scale), f"scale {scale}")
+    check(actual, attention_ref, (q, k, v), None, None, scale, name=f"scale {scale}")
     rows = [t[0].transpose(0, 1).contiguous() for t in (q, k, v)]
     packed = ops.attention_varlen(*rows, PackedBatch.from_lengths([40], device=device), scale=scale)
-    exact, torchs = (
-        oracle[0].transpose(0, 1),
-        attention_ref(q, k, v, scale=scale)[0].transpose(0, 1),
-    )
-    assert_within_budget(packed, exact, torchs, f"packed, scale {scale}")
+    check(packed, attention_varlen_ref, rows, [40], [40], scale, name=f"packed, scale {scale}")

@@ -7,7 +7,7 @@ import fastbert
 from fastbert import ops
 from fastbert.ops.reference import attention_ref, attention_varlen_ref
 from fastbert.packing import PackedBatch
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,20 +26,12 @@ def _kernels():
 
 
 def check_gradients(function, reference, tensors, upstream, name):
-    """Values and gradients: fp64 is the truth, torch in the same dtype the yardstick."""
-    mine = [t.detach().requires_grad_() for t in tensors]
-    actual = function(*mine)
-    grads = torch.autograd.grad(actual, mine, upstream)
-    results = []
-    for dtype in (torch.float64, tensors[0].dtype):
-        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        out = reference(*copies)
-        results.append([out, *torch.autograd.grad(out, copies, upstream.to(dtype))])
-    for i, (got, oracle, baseline) in enumerate(zip([actual, *grads], *results, strict=True)):
-        assert got.dtype == tensors[0].dtype
-        assert_within_budget(
-            got, oracle, baseline, f"{name}, {f'gradient {i - 1}' if i else 'out'}"
-        )
+    """Values and gradients; the kernels compute in fp32 from operands of their dtype."""
+    _, *grads = actual = with_gradients(function)(upstream, *tensors)
+    assert all(t.dtype == tensors[0].dtype for t in actual)
+    assert_matches(
+        actual, with_gradients(reference), (upstream, *tensors), name, inside=torch.float32
+    )
     return grads
 
 
@@ -49,9 +41,10 @@ def check_varlen(dtype, device, head_dim, lengths, key_lengths=None, scale=None)
     k, v = torch.randn(2, sum(key_lengths or lengths), heads, head_dim).to(device, dtype)
     batch = PackedBatch.from_lengths(lengths, device)
     keys = None if key_lengths is None else PackedBatch.from_lengths(key_lengths, device)
+    options = {"scale": scale, "operands": dtype}
     return check_gradients(
         lambda q, k, v: ops.attention_varlen(q, k, v, batch, key_batch=keys, scale=scale),
-        lambda q, k, v: attention_varlen_ref(q, k, v, lengths, key_lengths or lengths, scale),
+        lambda q, k, v: attention_varlen_ref(q, k, v, lengths, key_lengths or lengths, **options),
         (q, k, v),
         torch.randn(q.shape).to(device, dtype),
         f"attention_varlen {lengths} D{head_dim}",
@@ -206,7 +199,7 @@ def check_padded(shape, dtype, device, bias_shape, masked):
         tensors.append(torch.randn(BIAS[bias_shape](b, h, sq, sk)).to(device, dtype))
     grads = check_gradients(
         lambda q, k, v, bias=None: ops.attention(q, k, v, key_mask=mask, bias=bias),
-        lambda q, k, v, bias=None: attention_ref(q, k, v, mask, bias),
+        lambda q, k, v, bias=None: attention_ref(q, k, v, mask, bias, operands=dtype),
         tensors,
         torch.randn(b, h, sq, d).to(device, dtype),
         f"attention {shape}, bias {bias_shape}",

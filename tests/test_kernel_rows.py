@@ -6,7 +6,7 @@ import torch
 import fastbert
 from fastbert import ops
 from fastbert.ops.reference import embed_ref, layer_norm_ref, softmax_ref
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,16 +20,15 @@ def _kernels():
         yield
 
 
-def double(*tensors):
-    return [None if t is None else t.double() for t in tensors]
+def check(actual, specification, arguments, name):
+    """The kernels compute in fp32 and round once."""
+    assert_matches(actual, specification, arguments, name, inside=torch.float32)
 
 
 def check_layer_norm(x, weight, bias, residual=None, input_bias=None, eps=1e-12):
     actual = ops.layer_norm(x, weight, bias, eps=eps, residual=residual, input_bias=input_bias)
-    x64, w64, b64, r64, i64 = double(x, weight, bias, residual, input_bias)
-    oracle = layer_norm_ref(x64, w64, b64, eps, r64, i64)
-    baseline = layer_norm_ref(x, weight, bias, eps, residual, input_bias)
-    assert_within_budget(actual, oracle, baseline, f"layer_norm {tuple(x.shape)}")
+    arguments = (x, weight, bias, eps, residual, input_bias)
+    check(actual, layer_norm_ref, arguments, f"layer_norm {tuple(x.shape)}")
     return actual
 
 
@@ -79,18 +78,12 @@ def test_layer_norm_statistics_are_fp32_and_right(device):
 
 
 def check_gradients(function, reference, tensors, name, upstream=None):
-    """Every gradient against fp64; torch in the same dtype is the yardstick."""
-    results = []
-    for kind in (None, torch.float64, tensors[0].dtype):
-        leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in tensors]
-        out = (reference if kind else function)(*leaves)
-        if upstream is None:
-            upstream = torch.randn(out.shape).to(out)
-        results.append(torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
-    for i, (got, oracle, baseline) in enumerate(zip(*results, strict=True)):
-        assert got.dtype == tensors[i].dtype
-        assert_within_budget(got, oracle, baseline, f"{name}, gradient {i}")
-    return results[0]
+    if upstream is None:
+        upstream = torch.randn(reference(*tensors).shape).to(tensors[0])
+    _, *grads = actual = with_gradients(function)(upstream, *tensors)
+    assert all(g.dtype == t.dtype for g, t in zip(grads, tensors, strict=True))
+    assert_matches(actual, with_gradients(reference), (upstream, *tensors), name)
+    return grads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,9 +174,7 @@ def test_layer_norm_can_be_had_again_from_its_sum(dtype, device):
     again = layernorm_again(z, statistics, weight, bias, out_dtype=dtype)
     if dtype == torch.float32:
         assert torch.equal(again, y)
-    exact = layer_norm_ref(*double(x, weight, bias), 1e-5, residual.double())
-    baseline = layer_norm_ref(x, weight, bias, 1e-5, residual)
-    assert_within_budget(again, exact, baseline, "again")
+    assert_matches(again, layer_norm_ref, (x, weight, bias, 1e-5, residual), "again")
 
 
 def run_embed(ids, positions, types, padding_idx=None):
@@ -241,9 +232,7 @@ def test_embed_matches_reference(width, dtype, id_dtype, device):
     for last in ((ids[2], tables[2]), (None, None)):
         args = (ids[0], ids[1], last[0], tables[0], tables[1], last[1], weight, bias)
         actual = ops.embed(*args, eps=1e-12)
-        wide = [t if t is None or not t.is_floating_point() else t.double() for t in args]
-        oracle, baseline = embed_ref(*wide, eps=1e-12), embed_ref(*args, eps=1e-12)
-        assert_within_budget(actual, oracle, baseline, f"embed {width}")
+        check(actual, embed_ref, (*args, 1e-12), f"embed {width}")
 
 
 def test_embed_makes_an_id_outside_its_table_nan_and_leaves_the_rest(device):
@@ -262,9 +251,7 @@ SOFTMAX_SHAPES = ((5,), (3, 33), (2, 2, 3, 16), (2, 3, 5, 77), (1, 1, 2, 8192), 
 
 def check_softmax(x, mask=None, scale=1.0):
     actual = ops.softmax(x, mask=mask, scale=scale)
-    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    oracle, baseline = softmax_ref(x.double(), wide, scale), softmax_ref(x, mask, scale)
-    assert_within_budget(actual, oracle, baseline, f"softmax {tuple(x.shape)}")
+    check(actual, softmax_ref, (x, mask, scale), f"softmax {tuple(x.shape)}")
     return actual
 
 

@@ -1,16 +1,16 @@
 """Every head against transformers: the same weights, ragged batches, both backends, three dtypes.
 
-Three models per case: transformers in fp64 (oracle), transformers in the tested dtype (baseline),
-ours. Only real positions are compared; what padding holds is tested on its own.
+Each against transformers' model with the same weights, in fp64 and in the tested dtype. Only real
+positions are compared; what padding holds is tested on its own.
 """
 
 import copy
 
 import pytest
 import torch
-from tiny import RIGHT, inputs_for, pair
+from tiny import RIGHT, inputs_for, pair, specified_by
 
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches, assert_within_budget
 
 HEADS = (
     "BertModel",
@@ -49,6 +49,14 @@ def flatten(output, real: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return flat
 
 
+def check(output, theirs, real, name, **inputs):
+    """Every tensor of an output against that of transformers' model."""
+    specification, parameters = specified_by(
+        theirs, lambda output: list(flatten(output, real).values()), **inputs
+    )
+    assert_matches(list(flatten(output, real).values()), specification, parameters, name)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("head", HEADS)
 def test_head_matches_transformers(head, mask, device, each_backend):
@@ -56,13 +64,9 @@ def test_head_matches_transformers(head, mask, device, each_backend):
     inputs = inputs_for(head, mask, device)
     real = None if mask is None else mask.bool().to(device)
     with torch.no_grad():
-        baseline = theirs(**inputs, **FLAGS)
-        oracle = copy.deepcopy(theirs).double()(**inputs, **FLAGS)
         actual = ours(**inputs, **FLAGS)
-    assert list(actual) == list(baseline)
-    actual, baseline, oracle = (flatten(x, real) for x in (actual, baseline, oracle))
-    for name in baseline:
-        assert_within_budget(actual[name], oracle[name], baseline[name], f"{head} {name}")
+        assert list(actual) == list(theirs(**inputs, **FLAGS))
+        check(actual, theirs, real, head, **inputs, **FLAGS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -73,12 +77,7 @@ def test_half_precision_matches_transformers(head, dtype, device, each_backend):
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     inputs = inputs_for(head, RIGHT, device)
     with torch.no_grad():
-        baseline, actual = theirs(**inputs), ours(**inputs)
-        oracle = theirs.double()(**inputs)
-    real = RIGHT.bool().to(device)
-    actual, baseline, oracle = (flatten(x, real) for x in (actual, baseline, oracle))
-    for name in baseline:
-        assert_within_budget(actual[name], oracle[name], baseline[name], f"{head} {name}")
+        check(ours(**inputs), theirs, RIGHT.bool().to(device), head, **inputs)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +100,7 @@ def test_config_matches_transformers(changes, device, each_backend):
     inputs = inputs_for("BertModel", RIGHT, device)
     inputs["token_type_ids"] = None
     with torch.no_grad():
-        baseline, actual = theirs(**inputs), ours(**inputs)
-        oracle = theirs.double()(**inputs)
-    real = RIGHT.bool().to(device)
-    for name in ("last_hidden_state", "pooler_output"):
-        rows = (t[name][real] if name == "last_hidden_state" else t[name] for t in
-                (actual, oracle, baseline))  # fmt: skip
-        assert_within_budget(*rows, f"{changes} {name}")
+        check(ours(**inputs), theirs, RIGHT.bool().to(device), str(changes), **inputs)
 
 
 def mask_4d(kind: str) -> torch.Tensor:
@@ -123,11 +116,9 @@ def test_mask_per_query_matches_transformers(kind, device, each_backend):
     theirs, ours = pair("BertModel", device)
     inputs = inputs_for("BertModel", mask_4d(kind), device)
     with torch.no_grad():
-        baseline, actual = theirs(**inputs), ours(**inputs)
-        as_bool = ours(**{**inputs, "attention_mask": inputs["attention_mask"] == 0})
-        oracle = theirs.double()(**{**inputs, "attention_mask": inputs["attention_mask"].double()})
-    for got in (actual, as_bool):
-        assert_within_budget(got[0], oracle[0], baseline[0], f"4-D mask {kind}")
+        for mask in (inputs["attention_mask"], inputs["attention_mask"] == 0):
+            actual = ours(**{**inputs, "attention_mask": mask})
+            check(actual, theirs, None, f"4-D mask {kind}", **inputs)
 
 
 def test_embeddings_and_positions_match_transformers(device, each_backend):
@@ -143,12 +134,9 @@ def test_embeddings_and_positions_match_transformers(device, each_backend):
         {"input_ids": ids, "position_ids": positions},
         {"input_ids": ids, "position_ids": positions[:1]},
     ):
+        inputs["attention_mask"] = real
         with torch.no_grad():
-            baseline = theirs(**inputs, attention_mask=real)[0][real]
-            actual = ours(**inputs, attention_mask=real)[0][real]
-            wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-            oracle = copy.deepcopy(theirs).double()(**wide, attention_mask=real)[0][real]
-        assert_within_budget(actual, oracle, baseline, str(list(inputs)))
+            check(ours(**inputs), theirs, real, str(list(inputs)), **inputs)
 
 
 def test_return_dict_false_gives_the_same_tuple(device, each_backend):
@@ -210,36 +198,41 @@ def test_loss_and_gradients_match_transformers(name, mode, device, each_backend)
     head, labels = LOSSES[name]
     training, dtype = MODES[mode]
     theirs, ours = (m.train(training).to(dtype) for m in pair(head, device, **NO_DROPOUT))
-    labels = {k: v.to(device) for k, v in labels.items()}
-    inputs = inputs_for(head, RIGHT, device)
-    exact = copy.deepcopy(theirs).double()
+    inputs = inputs_for(head, RIGHT, device) | {k: v.to(device) for k, v in labels.items()}
+    ours(**inputs).loss.backward()
     # transformers' default attention: in 16 bits either may be several times the other's error.
     other = copy.deepcopy(theirs)
     other.set_attn_implementation("sdpa")
-    models = {"ours": ours, "exact": exact, "eager": theirs, "sdpa": other}
-    losses = {kind: model(**inputs, **labels).loss for kind, model in models.items()}
-    for loss in losses.values():
-        loss.backward()
-    # One comparison over all gradients, each in units of its own largest value: how lucky torch was
-    # with the few values of one small parameter says nothing about ours.
-    gradients = {kind: [] for kind in models}
-    for name_of, p64 in exact.named_parameters():
-        grads = {kind: model.get_parameter(name_of).grad for kind, model in models.items()}
-        assert (grads["ours"] is None) == (grads["eager"] is None), name_of
-        if p64.grad is None:
-            continue
-        unit = p64.grad.abs().max()
-        if unit > 1e-12:  # a key's bias has no gradient: softmax does not see a shift
-            for kind, g in grads.items():
-                gradients[kind].append((g.double() / unit).flatten())
-    together = {kind: torch.cat(parts) for kind, parts in gradients.items()}
-    for what, found in (("loss", losses), ("gradients", together)):
-        baseline = max(
-            (found[kind] for kind in ("eager", "sdpa")),
-            key=lambda b, exact=found["exact"]: (b.double() - exact).abs().max().item(),
-        )
-        actual, oracle = found["ours"].to(dtype), found["exact"]
-        assert_within_budget(actual, oracle, baseline, f"{name} {what}")
+    eager, sdpa = (specified_by(m, lambda out: out.loss, **inputs)[0] for m in (theirs, other))
+    parameters = specified_by(theirs, None)[1]
+    wide = [p.double() for p in parameters]
+    exact = gradients(eager, wide)
+    trained = [g is not None for g in exact]
+    assert [p.grad is not None for p in ours.parameters()] == trained
+    # One comparison over all gradients, each in units of its own largest value. A key's bias has
+    # none: softmax does not see a shift.
+    units = [g.abs().max() if g is not None else torch.zeros(()) for g in exact]
+
+    def together(grads):
+        parts = [(g.double() / u).flatten() for g, u in zip(grads, units, strict=True) if u > 1e-12]
+        return torch.cat(parts)
+
+    def results(loss):
+        def run(*parameters):
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            out = loss(*leaves)
+            return [out.detach(), together(torch.autograd.grad(out, leaves, allow_unused=True))]
+
+        return run
+
+    actual = [ours(**inputs).loss.detach(), together([p.grad for p in ours.parameters()])]
+    specification, more = results(eager), results(sdpa)
+    assert_matches([t.to(dtype) for t in actual], specification, parameters, name, others=[more])
+
+
+def gradients(function, parameters):
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    return torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
 
 
 def test_padding_is_zeros_and_cannot_be_an_answer(device, each_backend):
@@ -265,13 +258,12 @@ def test_a_sequence_does_not_see_its_neighbours(device, each_backend):
         order = torch.tensor([2, 0, 3, 1], device=device)
         permuted = ours(ids[order], mask[order])[0]
         wider = ours(torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5)))[0]
-        for i, length in enumerate(mask.sum(1).tolist()):
-            alone = ours(ids[i : i + 1, :length])[0][0]
-            exact = oracle[i, :length]
-            assert_within_budget(together[i, :length], exact, alone, "beside others")
-            at = order.tolist().index(i)
-            assert_within_budget(permuted[at, :length], exact, alone, "permuted")
-            assert_within_budget(wider[i, :length], exact, alone, "padded further")
+        lengths = mask.sum(1).tolist()
+        alone = torch.cat([ours(ids[i : i + 1, :n])[0][0] for i, n in enumerate(lengths)])
+    real, exact = mask.bool(), oracle[mask.bool()]
+    assert_within_budget(together[real], exact, alone, "beside others")
+    assert_within_budget(permuted[order.argsort()][real], exact, alone, "permuted")
+    assert_within_budget(wider[:, :9][real], exact, alone, "padded further")
 
 
 def test_padding_on_the_left_with_its_positions_changes_nothing(device, each_backend):

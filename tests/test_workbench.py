@@ -196,8 +196,15 @@ def test_cards_are_found_by_the_names_that_drivers_give():
 
 @pytest.mark.parametrize("kernel", list(fuzz.FUZZERS))
 def test_random_cases_pass(kernel, device):
-    found = fuzz.check(kernel, seconds=1.5, device=device, seed=3)
-    assert isinstance(found, int) and found >= 1, found
+    cases = {"attention": 12, "attention_bwd": 6}.get(kernel, 30)
+    assert fuzz.check(kernel, cases=cases, device=device, seed=3) == cases
+
+
+def test_one_lucky_order_of_torchs_sum_does_not_make_a_kernel_wrong(device):
+    """Ten values on which torch was off by a third of what it usually is."""
+    case = {"rows": 10, "outputs": 1, "inputs": 200, "activation": "gelu_tanh", "dtype": "fp32",
+            "magnitude": 1, "strided": True, "bias": True, "seed": 916694624}  # fmt: skip
+    fuzz.run_case("linear", case, device)
 
 
 def test_every_kernel_has_a_fuzzer():
@@ -215,7 +222,7 @@ def test_a_wrong_kernel_is_found_and_its_case_made_small(monkeypatch, device):
         return y * 1.05 if x.shape[-1] > 20 and x.shape[0] % 2 else y
 
     monkeypatch.setattr(fuzz.ops, "softmax", wrong)
-    found = fuzz.check("softmax", seconds=20, device=device, seed=0)
+    found = fuzz.check("softmax", cases=50, device=device, seed=0)
     assert isinstance(found, fuzz.Failure) and "over the budget" in found.error
     assert found.case["width"] == 21 and found.case["rows"] == 1, found.case
     assert found.case["strided"] is False and found.case["magnitude"] == 1
@@ -379,8 +386,9 @@ def test_diff_shows_what_a_tile_and_a_commit_change(tmp_path):
 def test_check_runs_interpreted_and_runs_one_case_again():
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted here")
-    done = fastbert("check", "softmax", "--seconds", "1")
-    assert done.returncode == 0 and "on the CPU, interpreted" in done.stdout, done.stderr
+    done = fastbert("check", "softmax", "--cases", "5", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert "softmax: 5 random cases passed on the CPU, interpreted" in done.stdout
     case = {"rows": 2, "width": 5, "dtype": "bf16", "magnitude": 1, "strided": True,
             "mask": "bool", "seed": 1}  # fmt: skip
     done = fastbert("check", "softmax", "--case", json.dumps(case))
@@ -400,6 +408,8 @@ def test_check_runs_interpreted_and_runs_one_case_again():
         (("diff", "softmax"), "expected --tile once or twice"),
         (("check", "nothing"), "expected one of attention"),
         (("check", "softmax", "--case", "{"), "expected JSON"),
+        (("check", "softmax", "--cases", "1", "--seconds", "1"), "either --cases or --seconds"),
+        (("check", "softmax", "--dtype", "fp64"), "expected one of fp32, fp16, bf16"),
         (("tune", "embedding"), "expected attention"),
         (("tune", "softmax", "--slot", "D64"), "no slot of softmax"),
     ],

@@ -1,9 +1,11 @@
 """Tiny BERTs and batches that several test files share."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import transformers
+from torch.func import functional_call
 
 import fastbert
 
@@ -42,3 +44,24 @@ def inputs_for(head: str, mask: torch.Tensor | None, device: str = "cpu") -> dic
     if head == "BertForMultipleChoice":
         inputs = {k: None if v is None else v.view(2, 2, 9) for k, v in inputs.items()}
     return {k: None if v is None else v.to(device) for k, v in inputs.items()}
+
+
+def specified_by(model: torch.nn.Module, read: Callable, **inputs) -> tuple[Callable, list]:
+    """A model's outputs as a function of its parameters, for `fastbert.testing.assert_matches`.
+
+    Args:
+        model: transformers' one; its parameters are the arguments.
+        read: output -> the tensors that are compared.
+        inputs: of the model; floating-point ones follow the dtype of the parameters.
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def specification(*given: torch.Tensor) -> list[torch.Tensor]:
+        dtype = given[0].dtype
+        cast = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+        return read(functional_call(model, dict(zip(names, given, strict=True)), kwargs=cast))
+
+    return specification, [p.detach() for p in parameters]

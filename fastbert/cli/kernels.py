@@ -61,7 +61,15 @@ def list_kernels() -> None:
 @app.command()
 def check(
     name: Annotated[str | None, typer.Argument(help="A kernel; all of them if left out.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long for each kernel.")] = 20.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="How long for each kernel; 20 if left out.")
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option(min=1, help="How many for each kernel; the same for a seed.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16 or bf16; all if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
     case: Annotated[
         str | None, typer.Option(help="Run this one case again, as JSON that a failure printed.")
@@ -82,9 +90,18 @@ def check(
             raise TaskError(str(error)) from error
         typer.echo(f"{name}: this case passes")
         return
+    if cases is not None and seconds is not None:
+        raise typer.BadParameter("expected either --cases or --seconds")
+    if cases is None and seconds is None:
+        seconds = 20.0
+    for text in dtype or ():
+        if text not in fuzz.DTYPES:
+            words = ", ".join(fuzz.DTYPES)
+            raise typer.BadParameter(f"--dtype: expected one of {words}, got {text!r}")
+    options = {"cases": cases, "seconds": seconds, "dtypes": dtype or tuple(fuzz.DTYPES)}
     failed = 0
     for kernel in fuzz.FUZZERS if name is None else (name,):
-        found = fuzz.check(kernel, seconds=seconds, device=device, seed=seed)
+        found = fuzz.check(kernel, device=device, seed=seed, **options)
         if isinstance(found, int):
             typer.echo(f"{kernel}: {found} random cases passed on {_where(device)}")
             continue
@@ -154,6 +171,9 @@ def screen(
     arch: Annotated[
         list[str] | None, typer.Option(help="Architectures; those that ship if left out.")
     ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bf16, fp16 or fp32; bf16 and fp32 if left out.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Compile everything that can be launched and list what must not ship; exit code 1 if any."""
@@ -162,11 +182,12 @@ def screen(
     from ..kernels._variants import KERNELS, variants
     from ..workbench.inspection import inspect_variant
 
+    dtypes = tuple(map(_dtype, dtype or ("bf16", "fp32")))
     bad = count = 0
     for architecture in map(_arch, arch) if arch else ARCHITECTURES:
         for kernel in name or KERNELS:
             _known(kernel)
-            for v in variants(kernel, architecture):
+            for v in variants(kernel, architecture, dtypes=dtypes):
                 facts = inspect_variant(v).facts()
                 count += 1
                 bad += bool(facts["faults"])
@@ -358,6 +379,15 @@ def _arch(text: str) -> int:
     return int(text.removeprefix("sm_"))
 
 
+def _dtype(text: str):
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if text not in dtypes:
+        raise typer.BadParameter(f"--dtype: expected one of {', '.join(dtypes)}, got {text!r}")
+    return dtypes[text]
+
+
 def _known(kernel: str) -> None:
     from ..kernels._variants import KERNELS
 
@@ -378,17 +408,12 @@ def _fields(text: str | None) -> dict[str, int]:
 def _chosen(name: str, arch: str, words: str, dtype: str, tile: str | None) -> list:
     """The variants that were asked for."""
     _without_interpreter()
-    import torch
-
     from ..kernels._variants import variants
 
     _known(name)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype not in dtypes:
-        raise typer.BadParameter(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
     number, fields = _arch(arch), _fields(tile)
     try:
-        found = list(variants(name, number, dtypes=(dtypes[dtype],), tile=fields))
+        found = list(variants(name, number, dtypes=(_dtype(dtype),), tile=fields))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     chosen = [v for v in found if all(word in v.name for word in words.split())]

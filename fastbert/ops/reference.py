@@ -43,16 +43,71 @@ def attention_ref(
     bias: Tensor | None = None,
     scale: float | None = None,
     kept: Tensor | None = None,
+    operands: torch.dtype | None = None,
 ) -> Tensor:
     """``(softmax(q @ k.T * scale + bias) * kept) @ v``; q ``[B, H, Sq, D]``, k and v
-    ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``."""
+    ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``.
+
+    operands: compute as fused kernels do, torch's own among them: backward makes the weights again
+    from their log-sum-exp and has the result instead of a sum over weights; the weights, their
+    gradient and that result are rounded to this dtype, for the matrix units. In fp64, which is
+    the truth, nothing of it happens.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
     if key_mask is not None:
         keep = key_mask[:, None, None, :]
         mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
-    p = softmax_ref(q @ k.transpose(-1, -2), mask, scale)
+    scores = q @ k.transpose(-1, -2)
+    if operands is not None and q.dtype != torch.float64:
+        kept = None if kept is None else kept.to(scores)
+        scores = _RoundGradient.apply(scores * scale, operands)
+        return _WeighRounded.apply(scores, mask, v, kept, operands)
+    p = softmax_ref(scores, mask, scale)
     return (p if kept is None else p * kept.to(p)) @ v
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(x.dtype)
+
+
+class _RoundGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, operands: torch.dtype) -> Tensor:
+        ctx.operands = operands
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _rounded(gradient, ctx.operands), None
+
+
+class _WeighRounded(torch.autograd.Function):
+    """``(softmax(scores + mask) * kept) @ v`` with 16-bit operands, and backward by delta."""
+
+    @staticmethod
+    def forward(ctx, scores, mask, v, kept, operands):
+        p = softmax_ref(scores, mask)
+        weights = _rounded(p if kept is None else p * kept, operands)
+        out = weights @ v
+        if mask is not None:
+            masked = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -math.inf) if masked else scores + mask
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        ctx.save_for_backward(scores, lse, v, kept, _rounded(out, operands))
+        ctx.mask_shape, ctx.operands = None if mask is None else mask.shape, operands
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scores, lse, v, kept, out = ctx.saved_tensors
+        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf))
+        weights = _rounded(p if kept is None else p * kept, ctx.operands)
+        dp = gradient @ v.transpose(-1, -2)
+        dp = dp if kept is None else dp * kept
+        ds = p * (dp - (gradient * out).sum(-1, keepdim=True))
+        dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[1] else None
+        return ds, dmask, weights.transpose(-1, -2) @ gradient, None, None
 
 
 def attention_varlen_ref(
@@ -63,6 +118,7 @@ def attention_varlen_ref(
     lengths_k: Sequence[int],
     scale: float | None = None,
     kept: Tensor | None = None,
+    operands: torch.dtype | None = None,
 ) -> Tensor:
     """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``, kept
     ``[B, H, longest Sq, longest Sk]``."""
@@ -71,7 +127,8 @@ def attention_varlen_ref(
     for i, qkv in enumerate(zip(*rows, strict=True)):
         factors = None if kept is None else kept[i : i + 1, :, : lengths_q[i], : lengths_k[i]]
         one = (t.transpose(0, 1)[None] for t in qkv)
-        parts.append(attention_ref(*one, scale=scale, kept=factors)[0].transpose(0, 1))
+        part = attention_ref(*one, scale=scale, kept=factors, operands=operands)
+        parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
 
 

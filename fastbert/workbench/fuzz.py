@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,31 @@ from .. import ops
 from ..ops import reference
 from ..ops.backend import backend
 from ..packing import PackedBatch
-from ..testing import assert_within_budget
+from ..testing import assert_matches, with_gradients
 
-__all__ = ["FUZZERS", "Failure", "Fuzzer", "check", "run_case"]
+__all__ = ["DTYPES", "FUZZERS", "Failure", "Fuzzer", "Result", "check", "run_case"]
 
 Case = dict[str, Any]
-_Compared = tuple[Tensor, Tensor, Tensor]
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Simpler cases tried for a failing one.
+_TRIES = 300
+
+
+class Result(NamedTuple):
+    """What a kernel gave, and how to find out what it should have given.
+
+    Attributes:
+        actual: one result or several.
+        specification: of the arguments, as `fastbert.testing.assert_matches` wants it.
+        arguments: of the specification.
+        inside: the dtype that the kernel computes in before it rounds once, None where it stores
+            16-bit values on the way, as torch does.
+    """
+
+    actual: Tensor | Sequence[Tensor]
+    specification: Callable[..., Tensor | Sequence[Tensor]]
+    arguments: Sequence[Any]
+    inside: torch.dtype | None = torch.float32
 
 
 @dataclass(frozen=True)
@@ -35,14 +53,13 @@ class Fuzzer:
     """How to draw and run cases of one kernel.
 
     Attributes:
-        draw: a case from a random generator.
-        outputs: (case, device) -> (what the kernel gave, in fp64, by torch in the case's dtype), or
-            several of these by name.
+        draw: a case of a dtype from a random generator.
+        run: (case, device) -> the results to be compared, by name.
         least: field -> the smallest value that makes sense; numbers not named go down to 1.
     """
 
-    draw: Callable[[random.Random], Case]
-    outputs: Callable[[Case, str], _Compared | dict[str, _Compared]]
+    draw: Callable[[random.Random, str], Case]
+    run: Callable[[Case, str], dict[str, Result]]
     least: dict[str, int]
 
 
@@ -60,32 +77,52 @@ def run_case(kernel: str, case: Case, device: str) -> None:
     """Run one case.
 
     Raises:
-        AssertionError: over the budget of `fastbert.testing.assert_within_budget`.
+        AssertionError: over the budget of `fastbert.testing.assert_matches`.
         Exception: whatever the kernel raises.
     """
     torch.manual_seed(case["seed"])
     with backend("triton"):
-        outputs = FUZZERS[kernel].outputs(case, device)
-    if isinstance(outputs, tuple):
-        outputs = {kernel: outputs}
-    for name, (actual, oracle, baseline) in outputs.items():
-        assert_within_budget(actual, oracle, baseline, name)
+        results = FUZZERS[kernel].run(case, device)
+    for name, result in results.items():
+        assert_matches(
+            result.actual, result.specification, result.arguments, name, inside=result.inside
+        )
 
 
-def check(kernel: str, *, seconds: float, device: str, seed: int = 0) -> Failure | int:
-    """Run random cases until the time is up or one fails; a failing one is made smaller.
+def check(
+    kernel: str,
+    *,
+    device: str,
+    cases: int | None = None,
+    seconds: float | None = None,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    seed: int = 0,
+    shrink: bool = True,
+) -> Failure | int:
+    """Run random cases until one fails; a failing one is made smaller.
+
+    Args:
+        cases: how many; the same for the same seed.
+        seconds: or for how long, and at least one.
+        dtypes: keys of `DTYPES`.
+        shrink: whether to make a failing case smaller.
 
     Returns:
         A `Failure`, or how many cases passed.
     """
+    if (cases is None) == (seconds is None):
+        raise ValueError(f"expected cases or seconds, got {cases=} and {seconds=}")
     generator = random.Random(seed)
-    end, count = time.monotonic() + seconds, 0
-    while count == 0 or time.monotonic() < end:
-        case = FUZZERS[kernel].draw(generator) | {"seed": generator.randrange(2**31)}
+    end, count = time.monotonic() + (seconds or 0.0), 0
+    while count == 0 or (time.monotonic() < end if cases is None else count < cases):
+        dtype = generator.choice(list(dtypes))
+        case = {**FUZZERS[kernel].draw(generator, dtype), "dtype": dtype}
+        case["seed"] = generator.randrange(2**31)
         count += 1
         error = _error(kernel, case, device)
         if error is not None:
-            case, error = _shrink(kernel, case, error, device)
+            if shrink:
+                case, error = _shrink(kernel, case, error, device)
             return Failure(kernel, case, error, count)
     return count
 
@@ -120,12 +157,15 @@ def _smaller(kernel: str, case: Case) -> Iterator[Case]:
 
 
 def _shrink(kernel: str, case: Case, error: str, device: str) -> tuple[Case, str]:
-    """Steps to a simpler failing case until no step fails any more, or half a minute has passed."""
-    end = time.monotonic() + 30
+    """Steps to a simpler failing case until no step fails any more, or enough were tried."""
+    tried = 0
     progress = True
-    while progress and time.monotonic() < end:
+    while progress:
         progress = False
         for candidate in _smaller(kernel, case):
+            tried += 1
+            if tried > _TRIES:
+                return case, error
             found = _error(kernel, candidate, device)
             if found is not None:
                 case, error, progress = candidate, found, True
@@ -133,17 +173,13 @@ def _shrink(kernel: str, case: Case, error: str, device: str) -> tuple[Case, str
     return case, error
 
 
-def _random(shape: tuple[int, ...], case: Case, device: str) -> Tensor:
+def _random(shape: tuple[int, ...], case: Case, device: str, scale: float = 1.0) -> Tensor:
     """Values of the case's scale and dtype; ``strided``: every other one of a larger tensor."""
-    dtype, scale = _DTYPES[case["dtype"]], case.get("magnitude", 1)
+    dtype, scale = DTYPES[case["dtype"]], case.get("magnitude", 1) * scale
     if case.get("strided") and len(shape) > 1:
         wide = torch.randn(shape[0], 2, *shape[1:]) * scale
         return wide.to(device, dtype)[:, 1]
     return (torch.randn(shape) * scale).to(device, dtype)
-
-
-def _wide(*values: Any) -> list[Any]:
-    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
 
 
 def _length(generator: random.Random, longest: int) -> int:
@@ -152,14 +188,19 @@ def _length(generator: random.Random, longest: int) -> int:
     return generator.choice([0, 1, generator.choice(edges), generator.randint(1, longest)])
 
 
-def _dtype(generator: random.Random) -> str:
-    return generator.choice(list(_DTYPES))
+def _far(generator: random.Random, dtype: str) -> int:
+    """A factor beyond what fp16 holds, for the dtypes that hold it."""
+    return 1 if dtype == "fp16" else generator.choice([1, 1, 1, 2**18])
+
+
+def _upstream(shape: torch.Size | tuple[int, ...], case: Case, device: str) -> Tensor:
+    return torch.randn(shape).to(device, DTYPES[case["dtype"]])
 
 
 # ---- attention ----
 
 
-def _draw_attention(generator: random.Random) -> Case:
+def _draw_attention(generator: random.Random, dtype: str) -> Case:
     packed = generator.random() < 0.5
     lengths = [_length(generator, 200) for _ in range(generator.randint(1, 4))]
     return {
@@ -167,83 +208,88 @@ def _draw_attention(generator: random.Random) -> Case:
         "lengths": lengths,
         "heads": generator.randint(1, 3),
         "head_size": generator.choice([8, 16, 32, 40, 64, 80, 96, 128]),
-        "dtype": _dtype(generator),
         "magnitude": generator.choice([1, 1, 8]),
+        "values": _far(generator, dtype),
         "strided": generator.random() < 0.5,
         "key_mask": not packed and generator.random() < 0.7,
         "bias": not packed and generator.random() < 0.4,
     }
 
 
-def _attention(case: Case, device: str) -> _Compared:
+def _draw_attention_bwd(generator: random.Random, dtype: str) -> Case:
+    """Sequences of one token are left out: their q and k have no gradient but rounding."""
+    case = _draw_attention(generator, dtype)
+    lengths = [max(2, n) if n != 0 or not case["packed"] else 0 for n in case["lengths"]]
+    if not any(lengths):
+        lengths[0] = 2
+    case |= {"lengths": lengths, "magnitude": generator.choice([1, 1, 3])}
+    return {**case, "dropout": generator.choice([0, 0, 1, 10, 50])}
+
+
+def _attention_case(
+    case: Case, device: str, dropout_p: float = 0.0
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """The op, its specification, and the tensors both take: q, k, v and perhaps a bias."""
+    from ..kernels._dropout import scores_kept
+
     lengths, h, d = case["lengths"], case["heads"], case["head_size"]
+    b, longest = len(lengths), max(1, *lengths)
+    values, drop, options = case.get("values", 1), {}, {"operands": DTYPES[case["dtype"]]}
+    if dropout_p:
+        drop = {"dropout_p": dropout_p, "seed": torch.tensor([case["seed"]], device=device)}
+        options["kept"] = scores_kept(case["seed"], b, h, longest, longest, dropout_p).to(device)
     if case["packed"]:
         total = sum(lengths)
-        shape = (total, 3, h, d) if case["strided"] else (3, total, h, d)
-        q, k, v = _random(shape, {**case, "strided": False}, device).unbind(
-            1 if case["strided"] else 0
-        )
+        if case["strided"]:
+            one = {**case, "strided": False}
+            q, k, v = _random((total, 3, h, d), one, device).unbind(1)
+            v = v * values
+        else:
+            q, k, v = (_random((total, h, d), case, device, s) for s in (1, 1, values))
         batch = PackedBatch.from_lengths(lengths, device=device)
-        actual = ops.attention_varlen(q, k, v, batch)
-        if total == 0:
-            return actual, actual, actual
-        exact = reference.attention_varlen_ref(*_wide(q, k, v), lengths, lengths)
         return (
-            actual,
-            exact,
-            _worst(
-                exact, q, k, lambda q, k: reference.attention_varlen_ref(q, k, v, lengths, lengths)
-            ),
+            lambda q, k, v: ops.attention_varlen(q, k, v, batch, **drop),
+            lambda q, k, v: reference.attention_varlen_ref(q, k, v, lengths, lengths, **options),
+            [q, k, v],
         )
-    b, s = len(lengths), max(1, *lengths)
-    q, k, v = (_random((b, h, s, d), case, device) for _ in range(3))
-    mask = bias = None
+    tensors = [_random((b, h, longest, d), case, device, s) for s in (1, 1, values)]
+    mask = None
     if case["key_mask"]:
-        mask = (torch.arange(s) < torch.tensor(lengths)[:, None]).to(device)
+        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device)
     if case["bias"]:
-        bias = _random((1, h, s, s), {**case, "strided": False}, device)
-    actual = ops.attention(q, k, v, key_mask=mask, bias=bias)
-    exact = reference.attention_ref(*_wide(q, k, v, mask, bias))
+        tensors.append(_random((1, h, longest, longest), {**case, "strided": False}, device))
     return (
-        actual,
-        exact,
-        _worst(exact, q, k, lambda q, k: reference.attention_ref(q, k, v, mask, bias)),
+        lambda q, k, v, bias=None: ops.attention(q, k, v, key_mask=mask, bias=bias, **drop),
+        lambda q, k, v, bias=None: reference.attention_ref(q, k, v, mask, bias, **options),
+        tensors,
     )
 
 
-def _worst(
-    exact: Tensor, q: Tensor, k: Tensor, attend: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """torch's result with the largest error over some orders of summation within a head.
-
-    On a few values with large scores, torch's error in one order is luck: it can be a tenth of what
-    it is in another, and no kernel could be held to it.
-    """
-    results = [attend(q, k)]
-    for _ in range(5):
-        order = torch.randperm(q.shape[-1], device=q.device)
-        results.append(attend(q[..., order], k[..., order]))
-    return _farthest(results, exact)
+def _attention(case: Case, device: str) -> dict[str, Result]:
+    run, specification, tensors = _attention_case(case, device)
+    return {"attention": Result(run(*tensors), specification, tensors)}
 
 
-def _farthest(results: list[Tensor], exact: Tensor) -> Tensor:
-    """The one with the largest error."""
-    return max(results, key=lambda r: (r.double() - exact).abs().nan_to_num().max().item())
+def _attention_bwd(case: Case, device: str) -> dict[str, Result]:
+    run, specification, tensors = _attention_case(case, device, case["dropout"] / 100)
+    tensors = [_upstream(tensors[0].shape, case, device), *tensors]
+    actual = with_gradients(run)(*tensors)
+    return {"attention_bwd": Result(actual, with_gradients(specification), tensors)}
 
 
 # ---- rows ----
 
 
-def _width(generator: random.Random) -> int:
-    return generator.choice([1, 31, 32, 77, 128, 384, 768, 1024, generator.randint(1, 2048)])
+def _width(generator: random.Random, least: int = 1) -> int:
+    width = generator.choice([1, 31, 32, 77, 128, 384, 768, 1024, generator.randint(1, 2048)])
+    return max(least, width)
 
 
-def _draw_layernorm(generator: random.Random) -> Case:
+def _draw_layernorm(generator: random.Random, dtype: str) -> Case:
     return {
         "rows": generator.randint(1, 20),
         "width": _width(generator),
-        "dtype": _dtype(generator),
-        "magnitude": generator.choice([1, 100]),
+        "magnitude": generator.choice([1, 100]) * _far(generator, dtype),
         "strided": generator.random() < 0.5,
         "residual": generator.random() < 0.5,
         "input_bias": generator.random() < 0.5,
@@ -251,30 +297,88 @@ def _draw_layernorm(generator: random.Random) -> Case:
     }
 
 
-def _layernorm(case: Case, device: str) -> _Compared:
+def _draw_layernorm_bwd(generator: random.Random, dtype: str) -> Case:
+    case = _draw_layernorm(generator, dtype) | {"magnitude": 1, "width": _width(generator, 8)}
+    return {**case, "dropout": generator.choice([0, 0, 1, 10, 50])}
+
+
+def _layernorm_tensors(case: Case, device: str) -> list[Tensor | None]:
+    """x, weight, bias, residual, input_bias."""
     m, n = case["rows"], case["width"]
-    x = _random((m, n), case, device)
-    residual = _random((m, n), case, device) if case["residual"] else None
-    input_bias = _random((n,), case, device) if case["input_bias"] else None
-    weight, bias = (_random((n,), case, device) if case["affine"] else None for _ in range(2))
-    arguments = (x, weight, bias, 1e-5, residual, input_bias)
+    one = {**case, "magnitude": 1}
+    return [
+        _random((m, n), case, device),
+        *(_random((n,), one, device) if case["affine"] else None for _ in range(2)),
+        _random((m, n), case, device) if case["residual"] else None,
+        _random((n,), case, device) if case["input_bias"] else None,
+    ]
+
+
+def _layernorm(case: Case, device: str) -> dict[str, Result]:
+    def specification(x, weight, bias, residual, input_bias):
+        return reference.layer_norm_ref(x, weight, bias, 1e-5, residual, input_bias)
+
+    x, weight, bias, residual, input_bias = tensors = _layernorm_tensors(case, device)
     actual = ops.layer_norm(x, weight, bias, eps=1e-5, residual=residual, input_bias=input_bias)
-    exact = reference.layer_norm_ref(*_wide(*arguments))
-    return actual, exact, reference.layer_norm_ref(*arguments)
+    return {"layernorm": Result(actual, specification, tensors)}
 
 
-def _draw_softmax(generator: random.Random) -> Case:
+def _layernorm_bwd(case: Case, device: str) -> dict[str, Result]:
+    """The op's gradients, and the kernel by itself, which is given the sum and its statistics."""
+    from ..kernels._dropout import values_kept
+    from ..kernels.layernorm import layernorm_bwd
+
+    m, n, p = case["rows"], case["width"], case["dropout"] / 100
+    seed = torch.tensor([case["seed"]], device=device)
+    kept = values_kept(case["seed"], m, n, p).to(device)
+
+    def run(x, weight, bias, residual, input_bias):
+        return ops.layer_norm(
+            x, weight, bias, eps=1e-5, residual=residual, input_bias=input_bias, dropout_p=p,
+            seed=seed,
+        )  # fmt: skip
+
+    def specification(x, weight, bias, residual, input_bias):
+        return reference.layer_norm_ref(x, weight, bias, 1e-5, residual, input_bias, kept)
+
+    def backward(dy, z, mean, rstd, weight):
+        h = (z - mean[:, None]) * rstd[:, None]
+        g = dy if weight is None else dy * weight
+        dz = rstd[:, None] * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+        dx = dz * kept.to(dz)
+        return [dx, *([dz] if p else []), (dy * h).sum(0), dy.sum(0), dx.sum(0)]
+
+    tensors = [_upstream((m, n), case, device), *_layernorm_tensors(case, device)]
+    actual = with_gradients(run)(*tensors)
+    dy, z, weight = tensors[0], tensors[1].contiguous(), tensors[2]
+    variance, mean = torch.var_mean(z.float(), -1, correction=0)
+    statistics = torch.stack([mean, (variance + 1e-5).rsqrt()])
+    dx, dresidual, sums = layernorm_bwd(
+        dy, z, statistics, weight, dx_dtype=z.dtype, residual_dtype=z.dtype,
+        sums=(True, True, True), dropout_p=p, seed=seed,
+    )  # fmt: skip
+    by_kernel = [dx, *([] if dresidual is None else [dresidual]), *sums]
+    return {
+        "layer_norm": Result(actual, with_gradients(specification), tensors, None),
+        "layernorm_bwd": Result(by_kernel, backward, (dy, z, *statistics, weight)),
+    }
+
+
+def _draw_softmax(generator: random.Random, dtype: str) -> Case:
     return {
         "rows": generator.randint(1, 40),
         "width": _width(generator),
-        "dtype": _dtype(generator),
         "magnitude": generator.choice([1, 30]),
         "strided": generator.random() < 0.5,
         "mask": generator.choice(["none", "bool", "additive"]),
     }
 
 
-def _softmax(case: Case, device: str) -> _Compared:
+def _draw_softmax_bwd(generator: random.Random, dtype: str) -> Case:
+    return _draw_softmax(generator, dtype) | {"magnitude": 1, "width": _width(generator, 8)}
+
+
+def _softmax(case: Case, device: str) -> dict[str, Result]:
     m, n = case["rows"], case["width"]
     x = _random((m, n), case, device)
     mask = None
@@ -283,44 +387,73 @@ def _softmax(case: Case, device: str) -> _Compared:
     elif case["mask"] == "additive":
         mask = torch.where(torch.rand(m, n) < 0.7, 0.0, -math.inf).to(device, x.dtype)
     actual = ops.softmax(x, mask=mask, scale=0.25)
-    exact = reference.softmax_ref(x.double(), *_wide(mask), 0.25)
-    return actual, exact, reference.softmax_ref(x, mask, 0.25)
+
+    def specification(x: Tensor, mask: Tensor | None) -> Tensor:
+        return reference.softmax_ref(x, mask, 0.25)
+
+    return {"softmax": Result(actual, specification, (x, mask))}
 
 
-def _draw_embedding(generator: random.Random) -> Case:
+def _softmax_bwd(case: Case, device: str) -> dict[str, Result]:
+    """The op's gradients, and the kernel by itself, which is given the result."""
+    from ..kernels.softmax import softmax_bwd
+
+    m, n = case["rows"], case["width"]
+    keep = (torch.rand(m, n) < 0.7).to(device) if case["mask"] == "bool" else None
+    mask = _random((m, n), case, device) if case["mask"] == "additive" else None
+    x, dy = _random((m, n), case, device), _upstream((m, n), case, device)
+    actual = with_gradients(
+        lambda x, mask: ops.softmax(x, mask=keep if mask is None else mask, scale=0.25)
+    )(dy, x, mask)
+    specification = with_gradients(
+        lambda x, mask: reference.softmax_ref(x, keep if mask is None else mask, 0.25)
+    )
+
+    def backward(dy: Tensor, y: Tensor) -> Tensor:
+        return y * (dy - (y * dy).sum(-1, keepdim=True)) * 0.25
+
+    y = actual[0]
+    return {
+        "softmax": Result(actual, specification, (dy, x, mask), None),
+        "softmax_bwd": Result(softmax_bwd(dy, y, scale=0.25), backward, (dy, y)),
+    }
+
+
+def _draw_embedding(generator: random.Random, dtype: str) -> Case:
     return {
         "tokens": generator.randint(1, 20),
         "width": _width(generator),
-        "dtype": _dtype(generator),
+        "magnitude": _far(generator, dtype),
         "types": generator.random() < 0.7,
         "strided": generator.random() < 0.5,
     }
 
 
-def _embedding(case: Case, device: str) -> _Compared:
+def _embedding(case: Case, device: str) -> dict[str, Result]:
     t, n = case["tokens"], case["width"]
     word, position, token_type = (_random((rows, n), case, device) for rows in (97, 33, 2))
     ids = [torch.randint(0, rows, (t,), device=device) for rows in (97, 33, 2)]
     if not case["types"]:
         token_type = ids[2] = None
-    weight, bias = (_random((n,), case, device) for _ in range(2))
-    arguments = (*ids, word, position, token_type, weight, bias)
-    actual = ops.embed(*arguments, eps=1e-5)
-    exact = reference.embed_ref(*_wide(*arguments), eps=1e-5)
-    return actual, exact, reference.embed_ref(*arguments, eps=1e-5)
+    weight, bias = (_random((n,), {**case, "magnitude": 1}, device) for _ in range(2))
+    actual = ops.embed(*ids, word, position, token_type, weight, bias, eps=1e-5)
+
+    def specification(*tables: Tensor | None) -> Tensor:
+        return reference.embed_ref(*ids, *tables, eps=1e-5)
+
+    return {"embedding": Result(actual, specification, (word, position, token_type, weight, bias))}
 
 
 # ---- linear ----
 
 
-def _draw_linear(generator: random.Random) -> Case:
+def _draw_linear(generator: random.Random, dtype: str) -> Case:
     return {
         "rows": generator.randint(1, 150),
         "outputs": generator.choice([1, 16, 96, 130]),
         "inputs": generator.choice([1, 16, 33, 64, 200]),
         "activation": generator.choice(["gelu", "gelu_tanh", "relu", "silu"]),
-        "dtype": _dtype(generator),
-        "magnitude": generator.choice([1, 4]),
+        "magnitude": generator.choice([1, 4]) * _far(generator, dtype),
         "strided": generator.random() < 0.5,
         "bias": generator.random() < 0.8,
     }
@@ -333,199 +466,68 @@ def _linear_tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor | N
     return x, weight, _random((n,), case, device) if case["bias"] else None
 
 
-def _linear(case: Case, device: str) -> _Compared:
+def _linear(case: Case, device: str) -> dict[str, Result]:
     from ..kernels.linear import linear_activation_fwd
 
-    x, weight, bias = _linear_tensors(case, device)
-    activation = case["activation"]
-    actual = linear_activation_fwd(x, weight, bias, activation=activation)
-    exact = reference.linear_ref(*_wide(x, weight, bias), activation)
-    return actual, exact, reference.linear_ref(x, weight, bias, activation)
+    x, weight, bias = tensors = _linear_tensors(case, device)
+    actual = linear_activation_fwd(x, weight, bias, activation=case["activation"])
+
+    def specification(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.linear_ref(x, weight, bias, case["activation"])
+
+    return {"linear": Result(actual, specification, tensors)}
 
 
-def _bias_activation(case: Case, device: str) -> _Compared:
+def _bias_activation(case: Case, device: str) -> dict[str, Result]:
     from ..kernels.linear import bias_activation_fwd_
 
     x = _random((case["rows"], case["outputs"]), case, device)
     bias = _random((case["outputs"],), case, device) if case["bias"] else None
-    exact = reference.bias_activation_ref(*_wide(x, bias), case["activation"])
-    torchs = reference.bias_activation_ref(x, bias, case["activation"])
-    return bias_activation_fwd_(x, bias, activation=case["activation"]), exact, torchs
+    actual = bias_activation_fwd_(x.clone(), bias, activation=case["activation"])
+
+    def specification(x: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.bias_activation_ref(x, bias, case["activation"])
+
+    return {"bias_activation": Result(actual, specification, (x, bias))}
 
 
-# ---- gradients ----
+def _activation_bwd(case: Case, device: str) -> dict[str, Result]:
+    """The gradients of a linear layer, and the kernel by itself, given the pre-activation."""
+    from ..kernels.linear import activation_bwd
 
+    activation, tensors = case["activation"], _linear_tensors(case, device)
+    z = F.linear(*tensors)
+    dy = _upstream(z.shape, case, device)
+    actual = with_gradients(lambda *tensors: ops.linear(*tensors, activation=activation))(
+        dy, *tensors
+    )
+    specification = with_gradients(lambda *tensors: reference.linear_ref(*tensors, activation))
 
-def _gradients(
-    run: Callable[..., Tensor],
-    specification: Callable[..., Tensor],
-    tensors: dict[str, Tensor | None],
-    rows: tuple[str, ...] = (),
-    **constants: Tensor,
-) -> dict[str, _Compared]:
-    """The gradient of every tensor that is there, for a random upstream gradient.
+    def backward(dy: Tensor, z: Tensor) -> list[Tensor]:
+        y, dz = with_gradients(lambda z: reference.bias_activation_ref(z, None, activation))(dy, z)
+        return [dz, y, dz.sum(0)]
 
-    Args:
-        rows: tensors whose rows may change places together with those of the constants and of the
-            upstream gradient. Others are then sums over rows, and torch is taken at its worst of
-            some orders, for the reason that `_worst` gives.
-        constants: for the specification alone.
-    """
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first = next(iter(given.values()))
-    dtype = first.dtype
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
-    out = run(**leaves)
-    upstream = torch.randn(out.shape).to(out)
-    actual = torch.autograd.grad(out, list(leaves.values()), upstream)
-
-    def specified(kind: torch.dtype, order: Tensor | None = None) -> list[Tensor]:
-        def moved(name: str, t: Tensor) -> Tensor:
-            return t if order is None or name not in (*rows, *constants) else t[order]
-
-        leaves = {n: moved(n, t).detach().to(kind).requires_grad_() for n, t in given.items()}
-        out = specification(**leaves, **{n: moved(n, t) for n, t in constants.items()})
-        weights = upstream if order is None else upstream[order]
-        grads = torch.autograd.grad(out, list(leaves.values()), weights.to(kind))
-        if order is None:
-            return list(grads)
-        back = order.argsort()
-        return [g[back] if n in rows else g for n, g in zip(given, grads, strict=True)]
-
-    exact = specified(torch.float64)
-    torchs = [specified(dtype)]
-    if rows:
-        size = first.shape[0]
-        torchs += [specified(dtype, torch.randperm(size, device=first.device)) for _ in range(5)]
+    by_kernel = activation_bwd(dy, z, activation=activation, bias_gradient=True, again=True)
     return {
-        f"gradient of {name}": (actual[i], exact[i], _farthest([t[i] for t in torchs], exact[i]))
-        for i, name in enumerate(given)
+        "linear": Result(actual, specification, (dy, *tensors), None),
+        "activation_bwd": Result(by_kernel, backward, (dy, z)),
     }
 
 
-def _draw_attention_bwd(generator: random.Random) -> Case:
-    case = _draw_attention(generator)
-    lengths = [max(2, n) if n != 0 or not case["packed"] else 0 for n in case["lengths"]]
-    if not any(lengths):
-        lengths[0] = 2
-    return {
-        **case,
-        "lengths": lengths,
-        "magnitude": 1,
-        "dropout": generator.choice([0, 0, 1, 10, 50]),
-    }
+# ---- cross-entropy ----
 
 
-def _attention_bwd(case: Case, device: str) -> dict[str, _Compared]:
-    """With dropout in per cent; one-token sequences are left out: their q and k have no gradient
-    but rounding, which no budget follows from."""
-    from ..kernels._dropout import scores_kept
-
-    lengths, h, d, p = case["lengths"], case["heads"], case["head_size"], case["dropout"] / 100
-    seed = torch.tensor([case["seed"]], device=device)
-    if case["packed"]:
-        total, longest = sum(lengths), max(lengths)
-        q, k, v = (_random((total, h, d), case, device) for _ in range(3))
-        batch = PackedBatch.from_lengths(lengths, device=device)
-        kept = scores_kept(case["seed"], len(lengths), h, longest, longest, p).to(device)
-        return _gradients(
-            lambda q, k, v: ops.attention_varlen(q, k, v, batch, dropout_p=p, seed=seed),
-            lambda q, k, v: reference.attention_varlen_ref(q, k, v, lengths, lengths, kept=kept),
-            {"q": q, "k": k, "v": v},
-        )
-    b, s = len(lengths), max(2, *lengths)
-    kept = scores_kept(case["seed"], b, h, s, s, p).to(device)
-    tensors = {name: _random((b, h, s, d), case, device) for name in "qkv"}
-    tensors["bias"] = None
-    mask = None
-    if case["key_mask"]:
-        mask = (torch.arange(s) < torch.tensor(lengths)[:, None]).to(device)
-    if case["bias"]:
-        tensors["bias"] = _random((1, h, s, s), {**case, "strided": False}, device)
-    return _gradients(
-        lambda q, k, v, bias=None: ops.attention(
-            q, k, v, key_mask=mask, bias=bias, dropout_p=p, seed=seed
-        ),
-        lambda q, k, v, bias=None: reference.attention_ref(q, k, v, mask, bias, kept=kept),
-        tensors,
-    )
-
-
-def _draw_layernorm_bwd(generator: random.Random) -> Case:
-    case = {**_draw_layernorm(generator), "magnitude": 1}
-    return {**case, "width": max(8, case["width"]), "dropout": generator.choice([0, 0, 1, 10, 50])}
-
-
-def _layernorm_bwd(case: Case, device: str) -> dict[str, _Compared]:
-    from ..kernels._dropout import values_kept
-
-    m, n, p = case["rows"], case["width"], case["dropout"] / 100
-    seed = torch.tensor([case["seed"]], device=device)
-    kept = values_kept(case["seed"], m, n, p).to(device)
-
-    def run(x, residual=None, input_bias=None, weight=None, bias=None):
-        return ops.layer_norm(
-            x, weight, bias, eps=1e-5, residual=residual, input_bias=input_bias, dropout_p=p,
-            seed=seed,
-        )  # fmt: skip
-
-    def specification(x, residual=None, input_bias=None, weight=None, bias=None, *, kept):
-        return reference.layer_norm_ref(x, weight, bias, 1e-5, residual, input_bias, kept)
-
-    return _gradients(
-        run,
-        specification,
-        {
-            "x": _random((m, n), case, device),
-            "residual": _random((m, n), case, device) if case["residual"] else None,
-            "input_bias": _random((n,), case, device) if case["input_bias"] else None,
-            "weight": _random((n,), case, device) if case["affine"] else None,
-            "bias": _random((n,), case, device) if case["affine"] else None,
-        },
-        rows=("x", "residual"),
-        kept=kept,
-    )
-
-
-def _draw_softmax_bwd(generator: random.Random) -> Case:
-    case = {**_draw_softmax(generator), "magnitude": 1}
-    return {**case, "width": max(8, case["width"])}
-
-
-def _softmax_bwd(case: Case, device: str) -> dict[str, _Compared]:
-    m, n = case["rows"], case["width"]
-    keep = (torch.rand(m, n) < 0.7).to(device) if case["mask"] == "bool" else None
-    mask = _random((m, n), case, device) if case["mask"] == "additive" else None
-    return _gradients(
-        lambda x, mask=None: ops.softmax(x, mask=keep if mask is None else mask, scale=0.25),
-        lambda x, mask=None: reference.softmax_ref(x, keep if mask is None else mask, 0.25),
-        {"x": _random((m, n), case, device), "mask": mask},
-    )
-
-
-def _activation_bwd(case: Case, device: str) -> dict[str, _Compared]:
-    x, weight, bias = _linear_tensors(case, device)
-    activation = case["activation"]
-    return _gradients(
-        lambda x, weight, bias=None: ops.linear(x, weight, bias, activation=activation),
-        lambda x, weight, bias=None: reference.linear_ref(x, weight, bias, activation),
-        {"x": x, "weight": weight, "bias": bias},
-        rows=("x",),
-    )
-
-
-def _draw_cross_entropy(generator: random.Random) -> Case:
+def _draw_cross_entropy(generator: random.Random, dtype: str) -> Case:
     return {
         "rows": generator.randint(1, 20),
         "vocabulary": generator.choice([8, 33, 128, 1000, 4097, generator.randint(8, 9000)]),
-        "dtype": _dtype(generator),
         "magnitude": generator.choice([1, 10]),
         "bias": generator.random() < 0.5,
         "smoothing": generator.random() < 0.3,
     }
 
 
-def _cross_entropy(case: Case, device: str) -> dict[str, _Compared]:
+def _cross_entropy(case: Case, device: str) -> dict[str, Result]:
     """Losses, and the gradients that take the place of the logits."""
     from ..kernels.cross_entropy import cross_entropy_
 
@@ -534,19 +536,15 @@ def _cross_entropy(case: Case, device: str) -> dict[str, _Compared]:
     bias = _random((v,), case, device) if case["bias"] else None
     labels = torch.randint(0, v, (m,), device=device)
 
-    def specification(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaf = x.to(dtype).requires_grad_()
-        logits = leaf if bias is None else leaf + bias.to(dtype)
+    def specification(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        logits = leaf if bias is None else leaf + bias
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
     gradient = x.clone()
     losses = cross_entropy_(gradient, bias, labels, smoothing=smoothing, gradient=True)
-    exact, torchs = specification(torch.float64), specification(x.dtype)
-    return {
-        "losses": (losses.to(x.dtype), exact[0], torchs[0]),
-        "gradients": (gradient, exact[1], torchs[1]),
-    }
+    return {"cross_entropy": Result((losses, gradient), specification, (x, bias))}
 
 
 FUZZERS = {

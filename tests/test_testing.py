@@ -1,0 +1,167 @@
+"""The rule by which results are compared: right ones pass, few or many; wrong ones do not."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert import testing
+from fastbert.testing import assert_matches, assert_within_budget, with_gradients
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def permuted_product(x, weight, dtype):
+    """``x @ weight.T`` in fp32, in another order and in blocks, rounded once."""
+    order = torch.randperm(x.shape[1])
+    acc = torch.zeros(x.shape[0], weight.shape[0])
+    for columns in order.split(16):
+        acc += x.float()[:, columns] @ weight.float()[:, columns].T
+    return acc.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_right_results_pass_however_few_they_are(dtype):
+    """Among so few values torch is often luckier than any other order of the same sum."""
+    for rows in (1, 2, 3, 10):
+        for length in (2, 33, 200):
+            for _ in range(20):
+                x, weight = torch.randn(rows, length), torch.randn(1, length)
+                x, weight = x.to(dtype), weight.to(dtype)
+                actual = permuted_product(x, weight, dtype)
+                assert_matches(actual, F.linear, (x, weight), "few", inside=torch.float32)
+
+
+def test_values_of_a_row_do_not_count_as_many():
+    """Ten queries, scores of hundreds: a row's values are off together, by the error of a score."""
+    for _ in range(60):
+        q, k, v = torch.randn(10, 16) * 8, *torch.randn(2, 8, 16) * 8
+
+        def attend(q, k, v):
+            return torch.softmax(q @ k.T / 4, -1) @ v
+
+        order = torch.randperm(16)
+        other = torch.softmax(q[:, order] @ k[:, order].T / 4, -1) @ v
+        assert_matches(other, attend, (q, k, v), "rows")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, w: F.linear(x, w).half(),
+        lambda x, w: F.linear(x[:, :-1], w[:, :-1]),
+        lambda x, w: F.linear(x, w) * 1.001,
+    ],
+    ids=["fp16", "tail", "scale"],
+)
+def test_wrong_results_do_not_pass(wrong, dtype):
+    x, weight = torch.randn(40, 200).to(dtype), torch.randn(8, 200).to(dtype)
+    actual = wrong(x.float(), weight.float())
+    if dtype == actual.dtype == torch.float16:
+        return  # that is no fault but the rounding to what is stored
+    with pytest.raises(AssertionError, match="over the budget"):
+        assert_matches(actual.to(dtype), F.linear, (x, weight), "wrong", inside=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_wrong_factor_is_found_below_the_rounding_of_every_value(dtype):
+    """torch stores 16-bit values on the way here, so that single values show nothing."""
+    x, weight, more = (torch.randn(n, 64).to(dtype) / 4 for n in (500, 64, 64))
+
+    def specification(x, weight, more):
+        return F.linear(F.linear(x, weight), more)
+
+    right = specification(x.float(), weight.float(), more.float())
+    assert_matches(right.to(dtype), specification, (x, weight, more), "right")
+    scaled = specification(x.float(), weight.float() * 1.001, more.float())
+    with pytest.raises(AssertionError, match=r"as if argument \d were scaled by 1 \+-"):
+        assert_matches(scaled.to(dtype), specification, (x, weight, more), "scaled")
+
+
+def test_storing_costs_half_a_unit_in_the_last_place():
+    x = torch.tensor([0.3, 1.0, 1.7, 100.3, 0.01])
+    for dtype in DTYPES[1:]:
+        assert_matches(x.to(dtype), lambda x: x * 1.0, (x,), "rounded", inside=torch.float32)
+        truncated = (x.to(dtype).view(torch.int16) - 1).view(dtype)
+        with pytest.raises(AssertionError, match="over the budget"):
+            assert_matches(truncated, lambda x: x * 1.0, (x,), "down", inside=torch.float32)
+
+
+def test_the_worst_of_torchs_ways_counts():
+    x = torch.randn(50, 3)
+    coarse = (x * 3.0) * (1 + 3e-6)
+    with pytest.raises(AssertionError, match="over the budget"):
+        assert_matches(coarse, lambda x: x * 3.0, (x,), "one way")
+
+    def other(x):
+        return x * 3.0 if x.dtype == torch.float64 else x * 3.0 * (1 + 2e-6)
+
+    assert_matches(coarse, lambda x: x * 3.0, (x,), "two ways", others=[other])
+
+
+def test_quantiles_are_those_of_student():
+    """Two-sided, by scipy.stats.t.isf: never smaller, close where there are enough degrees."""
+    for degrees, one_in, exact, above in (
+        (4, 1e9, 278.31, 0.4), (8, 1e9, 31.962, 0.06), (16, 1e3, 4.0150, 0.01),
+        (16, 1e9, 12.610, 0.01), (30, 1e12, 11.722, 0.01), (1000, 1e9, 6.1684, 1e-4),
+    ):  # fmt: skip
+        assert exact * (1 - 1e-4) < testing._student(degrees, one_in) < exact * (1 + above)
+    assert testing._student(1e9, 1e9) == pytest.approx(6.1094, rel=1e-4)  # the normal's
+
+
+def test_neighbours_are_an_ulp_away():
+    generator = torch.Generator().manual_seed(0)
+    given = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf, math.nan, 3e38, 1e-40] * 50)
+    for dtype in (*DTYPES, torch.float64):
+        x = given.to(dtype)
+        near = testing._neighbour(x, generator)
+        assert near.dtype == dtype
+        ends = torch.tensor([math.inf, -math.inf], dtype=dtype)
+        up, down = (torch.nextafter(x.float(), end.float()) for end in ends)
+        if dtype == torch.float32:
+            same = (near == x) | (near == up) | (near == down) | x.isnan()
+            assert same.all() and 0.2 < (near == x)[x == 1.0].float().mean() < 0.5
+        unchanged = ~x.isfinite() | (x == 0)
+        assert torch.equal(near[unchanged].nan_to_num(7.0), x[unchanged].nan_to_num(7.0))
+        assert near[x.isfinite()].isfinite().all()
+    ids, mask = torch.arange(3), torch.tensor([True, False])
+    assert testing._neighbour(ids, generator) is ids and testing._neighbour(mask, generator) is mask
+    assert testing._neighbour("gelu", generator) == "gelu"
+
+
+def test_what_cannot_be_judged_is_an_error():
+    one = torch.randn(1)
+    with pytest.raises(ValueError, match="1 values and 1 results of torch say nothing"):
+        assert_within_budget(one, one.double() + 1e-6, one, "one")
+    several = [one + i * 1e-7 for i in range(8)]
+    assert_within_budget(one, one.double() + 1e-7, several, "one, eight times")
+
+
+def test_shapes_and_infinities_must_agree():
+    x = torch.randn(3, 4)
+    with pytest.raises(AssertionError, match="shapes differ"):
+        assert_matches(x[:2], lambda x: x * 1.0, (x,), "shorter")
+    with pytest.raises(AssertionError, match="expected 1"):
+        assert_matches([x, x], lambda x: x * 1.0, (x,), "more")
+    with pytest.raises(AssertionError, match="shapes differ"):
+        assert_within_budget(x, x.double()[:2], x, "baseline")
+    holes = torch.where(x > 0, x, math.nan)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_matches(holes, lambda x: x * 1.0, (x,), "holes")
+    below = torch.where(x > 0, x, -math.inf)
+    above = torch.where(x > 0, x, math.inf)
+    assert_matches(below, lambda x: x * 1.0, (below,), "infinite")
+    with pytest.raises(AssertionError, match="infinities differ"):
+        assert_matches(above, lambda x: x * 1.0, (below,), "infinite")
+    assert_matches(x[:0], lambda x: x[:0] * 1.0, (x,), "nothing")
+
+
+def test_gradients_of_what_is_there():
+    x, w = torch.randn(2, 3), torch.randn(3)
+    run = with_gradients(lambda x, w, b: x * w if b is None else x * w + b)
+    out, dx, dw = run(torch.ones(2, 3), x, w, None)
+    assert torch.equal(out, x * w) and torch.equal(dx, w.expand(2, 3))
+    torch.testing.assert_close(dw, x.sum(0))
+    assert not x.requires_grad and len(run(torch.ones(2, 3), x, w, w)) == 4
