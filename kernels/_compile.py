@@ -1,10 +1,10 @@
 """Compiling kernels for GPUs that are not here, and what came out.
 
 `compile_variant` compiles one variant ahead of time and keeps everything that can be read from it:
-PTX, SASS, Triton's GPU dialect, and ptxas's own words. Registers and stack are those of cuobjdump,
-instructions those of nvdisasm, spills and warnings those of ptxas; nothing is estimated. `faults`
-says why a variant must not ship. Must run where Triton does not interpret: interpreted functions
-cannot be compiled.
+PTX, SASS, Triton's GPU dialect, and ptxas's own words. Registers, stack, spills and warnings are
+those of ptxas, instructions those of nvdisasm, which runs when somebody reads them; nothing is
+estimated. `faults` says why a variant must not ship. Must run where Triton does not interpret:
+interpreted functions cannot be compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,6 +38,7 @@ class Artefact:
         stack, spill_stores, spill_loads: bytes per thread.
         shared: bytes per program.
         ptxas: what ptxas printed.
+        cubin: what it made.
     """
 
     registers: int
@@ -46,8 +48,23 @@ class Artefact:
     shared: int
     ptxas: str
     ptx: str
-    sass: str
     ttgir: str
+    cubin: bytes
+
+    @cached_property
+    def sass(self) -> str:
+        """The instructions of the GPU, by nvdisasm."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = (triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @property
+    def matrix_units(self) -> set[str]:
+        """Which of wgmma, mma and tcgen05 the PTX asks for."""
+        asked = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+        return {name for name, word in asked.items() if re.search(rf"(?m)^\W*{word}\b", self.ptx)}
 
     @property
     def wgmma(self) -> int:
@@ -100,25 +117,22 @@ def compile_variant(variant: Variant) -> Artefact:
             target=GPUTarget("cuda", variant.arch, 32),
             options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
         )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
-        sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, f"cuobjdump gave no resource usage: {usage}"
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.text)
-    assert spills, f"ptxas said nothing of spills: {log.text}"
+    used = re.search(r"Used (\d+) registers", log.text)
+    memory = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.text
+    )
+    assert used and memory, f"ptxas said nothing of registers and spills: {log.text}"
+    stack, spill_stores, spill_loads = map(int, memory.groups())
     return Artefact(
-        registers=int(found[1]),
-        stack=int(found[2]),
-        spill_stores=int(spills[1]),
-        spill_loads=int(spills[2]),
+        registers=int(used[1]),
+        stack=stack,
+        spill_stores=spill_stores,
+        spill_loads=spill_loads,
         shared=compiled.metadata.shared,
         ptxas=log.text,
         ptx=compiled.asm["ptx"],
-        sass=sass,
         ttgir=compiled.asm["ttgir"],
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -131,12 +145,12 @@ def faults(variant: Variant, found: Artefact) -> list[str]:
         reasons.append(f"serialised wgmma ({', '.join(found.serialised)})")
     if found.shared > LIMITS[variant.arch].shared_per_program:
         reasons.append(f"{found.shared} bytes of shared memory")
-    if variant.has_dot and variant.arch >= 100 and not (found.tcgen05 or found.mma):
-        reasons.append("no tcgen05 and no mma")
-    if variant.has_dot and 90 <= variant.arch < 100 and not found.wgmma:
-        reasons.append("no wgmma")
-    if variant.has_dot and variant.arch < 90 and not found.mma:
-        reasons.append("no mma")
+    if variant.has_dot:
+        units = ("mma",) if variant.arch < 90 else ("wgmma",)
+        if variant.arch >= 100:
+            units = ("tcgen05", "mma")
+        if not found.matrix_units.intersection(units):
+            reasons.append(" and ".join(f"no {unit}" for unit in units))
     return reasons
 
 
@@ -172,7 +186,3 @@ class _ptxas_log:
         self._file.seek(0)
         self.text = self._file.read().decode(errors="replace")
         self._file.close()
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

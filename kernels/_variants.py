@@ -130,25 +130,25 @@ def _changed(tiles: list[Tile], fields: dict[str, int]) -> list[Tile]:
 def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tuple]:
     """What is there besides q, k and v, what not, for which head sizes, what else is constant.
 
-    Backward has four kernels to compile for each: it leaves out head sizes that share a tile, and
-    forms that another one contains.
+    One head size for each row of the tables and one between them; backward has four kernels for
+    each and leaves out forms that another one contains but for BERT's own head size.
     """
     maps = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "tile_map_ptr")
     packed = (dict.fromkeys(maps, "*i32"), ("key_mask_ptr", "bias_ptr", "seed_ptr"))
     masked = ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr", "seed_ptr"))
     biased = ({"key_mask_ptr": "*i1", "bias_ptr": None}, (*maps, "seed_ptr"))
-    own = (16, 32, 64, 128)  # one for each row of the tables
+    own, bert = (16, 32, 64, 128), (64,)
     forms = {
-        "packed": (*packed, (16, 32, 64, 96, 128) if backward else (16, 32, 64, 80, 96, 128), {}),
-        "padded, mask": (*masked, (64,) if backward else (32, 64, 128), {}),
+        "packed": (*packed, (16, 32, 64, 96, 128), {}),
+        "padded, mask": (*masked, bert if backward else (32, 64, 128), {}),
         # The compiler takes a stride of 1 as a constant.
-        "padded, mask and bias": (*biased, (64,) if backward else own, {"stride_bias_k": 1}),
+        "padded, mask and bias": (*biased, bert, {"stride_bias_k": 1}),
         "padded, mask and bias per query": (*biased, own, {}),
     }
     for form, head_dims, bits in (
         ("packed", own, 8),
-        ("packed", (64,), 16),
-        ("padded, mask", () if backward else (64,), 8),
+        ("packed", bert, 16),
+        ("padded, mask", () if backward else bert, 8),
         ("padded, mask and bias per query", own, 8),
     ):
         extra, none = forms[form][:2]
@@ -156,8 +156,7 @@ def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tu
         extra = {**extra, "seed_ptr": "*i64"}
         forms[f"{form}, dropout {bits} bit"] = (extra, none, head_dims, {"DROPOUT_BITS": bits})
     if dtype == torch.float32:
-        dims = (64, 128) if backward else (32, 64, 128)
-        forms["packed, tf32"] = (*packed, dims, {"INPUT_PRECISION": "tf32"})
+        forms["packed, tf32"] = (*packed, (64, 128), {"INPUT_PRECISION": "tf32"})
     return forms
 
 

@@ -5,6 +5,7 @@ import time
 import types
 
 import torch
+from fastbert.benchmarks import timing
 from fastbert.benchmarks.timing import Sample
 from fastbert.benchmarks.workload import Prepared, Workload, checked_against
 
@@ -20,6 +21,22 @@ class FakeClock:
     def prepare(self, run, inputs):
         self.prepared += 1
         return lambda: Sample(self.seconds(run), self.device)
+
+
+class FakeTime:
+    """The time that `fastbert.benchmarks.timing` sees: it passes when something sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def install(self, monkeypatch) -> None:
+        monkeypatch.setattr(timing, "time", self)
 
 
 def workload_of(providers, name="double"):

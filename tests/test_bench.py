@@ -6,12 +6,12 @@ around them is looked at.
 
 import dataclasses
 import json
+import math
 import statistics
-import time
 
 import pytest
 import torch
-from fakes import FakeClock, FakeCuda, workload_of
+from fakes import FakeClock, FakeCuda, FakeTime, workload_of
 from fastbert.benchmarks import session
 from fastbert.benchmarks.catalogue import SUITES, workloads
 from fastbert.benchmarks.report import markdown, page
@@ -125,14 +125,17 @@ def test_samples_are_taken_in_turn_and_in_another_order_each_round():
     assert all(len(names) > 1 for names in before.values()), "always in the wake of the same one"
 
 
-def test_the_wall_clock_repeats_short_calls_and_rotates_inputs():
+def test_the_wall_clock_repeats_short_calls_and_rotates_inputs(monkeypatch):
+    clock = FakeTime()
+    clock.install(monkeypatch)
     seen = []
-    sample = WallClock().prepare(lambda x: seen.append(x), ["a", "b"])
+    sample = WallClock().prepare(lambda x: seen.append(x) or clock.sleep(2**-17), ["a", "b"])
     warm = len(seen)
-    assert sample().wall > 0 and len(seen) - warm > 100  # 2 ms of list appends
+    assert sample().wall == pytest.approx(2**-17)
+    assert len(seen) - warm == 1 + math.ceil(2e-3 * 2**17), "one after the pause, then 2 ms"
     assert seen[warm:][:4] == ["a", "b", "a", "b"]
-    slow = WallClock().prepare(lambda x: seen.append(x) or time.sleep(0.12), ["c"])
-    slow()
+    slow = WallClock().prepare(lambda x: seen.append(x) or clock.sleep(0.12), ["c"])
+    assert slow().wall == pytest.approx(0.12)
     assert seen.count("c") == 2, "slow calls are not repeated for nothing"
 
 
@@ -158,12 +161,14 @@ def test_the_gpu_clock_measures_the_device_and_not_the_host(
     assert set(cuda.inputs) == {"a", "b", "c"}, "the cache would be warm"
 
 
-def test_a_faster_call_is_found_to_be_faster():
-    runs = {"short": lambda _: time.sleep(0.004), "long": lambda _: time.sleep(0.02)}
+def test_a_faster_call_is_found_to_be_faster(monkeypatch):
+    clock = FakeTime()
+    clock.install(monkeypatch)
+    runs = {"short": lambda _: clock.sleep(0.004), "long": lambda _: clock.sleep(0.02)}
     calls = {name: WallClock().prepare(run, [None]) for name, run in runs.items()}
     samples = interleave(calls, seconds=0.0)
     times = {name: statistics.median(s.wall for s in taken) for name, taken in samples.items()}
-    assert times["long"] > 1.5 * times["short"] > 0
+    assert times == pytest.approx({"short": 0.004, "long": 0.02})
 
 
 # ---- workloads ----

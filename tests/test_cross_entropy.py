@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
 from fastbert.ops import cross_entropy as module
 from fastbert.testing import assert_matches, with_gradients
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def example(n, width, vocabulary, dtype, device):

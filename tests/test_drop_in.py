@@ -12,6 +12,7 @@ from tiny import RIGHT, inputs_for, pair, tiny_config
 
 import fastbert
 from fastbert.families.bert import obstacle
+from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 INPUTS = inputs_for("BertModel", RIGHT)
@@ -29,13 +30,19 @@ def _forget_what_was_said(monkeypatch):
     monkeypatch.setattr("fastbert.families.bert._said", set())
 
 
-def difference(a, b) -> float:
-    return (a[0] - b[0])[REAL].abs().max().item()
+def assert_as_good(theirs, actual: torch.Tensor, inputs: dict = INPUTS):
+    """Outputs by token as exact as transformers' own, which is left as it was."""
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    baseline = theirs(**inputs)[0]
+    oracle = theirs.double()(**inputs)[0]
+    theirs.float()
+    assert_within_budget(*(t[real.bool()] for t in (actual, oracle, baseline)), "outputs")
 
 
 def assert_same(theirs, ours, packed: bool = True):
     """Equal outputs, and by the path that is expected."""
-    assert difference(theirs(**INPUTS), ours(**INPUTS)) < 5e-6
+    assert_as_good(theirs, ours(**INPUTS)[0])
     encoder = ours if isinstance(ours, fastbert.BertModel) else ours.bert
     assert (obstacle(encoder) is None) is packed
 
@@ -139,7 +146,7 @@ def test_accelerate_finds_bert_inside_other_modules():
     mine = Mine(copy.deepcopy(theirs))
     fastbert.accelerate(mine)
     assert type(mine.encoder) is fastbert.BertModel
-    assert (mine(**INPUTS) - theirs(**INPUTS)[0])[REAL].abs().max() < 5e-6
+    assert_as_good(theirs, mine(**INPUTS))
 
 
 def test_accelerate_says_what_it_cannot_do(caplog):
@@ -223,20 +230,19 @@ def test_threads_share_a_model():
     assert all(torch.equal(r, expected) for r in results)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compile_is_one_graph_for_any_mask_and_shape(backend):
     theirs, ours = pair("BertModel")
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
-    assert difference(compiled(**INPUTS), theirs(**INPUTS)) < 5e-6
+    assert_as_good(theirs, compiled(**INPUTS)[0])
     assert not compiled(**INPUTS)[0][~REAL].any()
     smaller = {k: v[:3, :7] for k, v in INPUTS.items()}
     left = {**INPUTS, "attention_mask": RIGHT.flip(1)}
     for inputs in (smaller, left, {"input_ids": INPUTS["input_ids"]}):
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        expected, actual = theirs(**inputs), compiled(**inputs)
-        assert (expected[0] - actual[0])[mask].abs().max() < 5e-6
-        torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+        actual = compiled(**inputs)
+        assert_as_good(theirs, actual[0], inputs)
+        torch.testing.assert_close(actual.pooler_output, theirs(**inputs).pooler_output)
     with fastbert.backend("torch"):
         heads = torch.compile(pair("BertForMaskedLM")[1], fullgraph=True, backend=backend)
         assert heads(**INPUTS, labels=INPUTS["input_ids"]).loss.isfinite()
@@ -249,8 +255,8 @@ def test_export_gives_a_program_with_the_same_outputs():
     shapes = ({0: batch, 1: length}, {0: batch, 1: length})
     program = torch.export.export(ours, args, dynamic_shapes=shapes, strict=False).module()
     for ids, mask in (args, (args[0][:2, :5], args[1][:2, :5])):
-        expected = theirs(ids, mask)[0]
-        assert (program(ids, mask)[0] - expected)[mask.bool()].abs().max() < 5e-6
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        assert_as_good(theirs, program(ids, mask)[0], inputs)
 
 
 # Weights side by side, as inference on a GPU keeps q, k and v
@@ -331,7 +337,8 @@ def test_a_hook_sees_what_it_sees_in_transformers(path, caplog):
 
         handle = model.get_submodule(path).register_forward_hook(note)
     assert_same(theirs, ours, packed=False)
-    torch.testing.assert_close(seen["ours"], seen["theirs"])
+    assert len(seen["ours"]) == 1
+    torch.testing.assert_close(seen["ours"], seen["theirs"][:1])
     ours(**INPUTS)
     assert caplog.text.count("runs transformers' own code") == 1
     handle.remove()

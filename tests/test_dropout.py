@@ -120,7 +120,7 @@ def test_levels_of_a_probability():
 
 def run_op(name, device, dtype=torch.float32):
     """An op with dropout: (p, seed) -> result, tensors; and the reference (tensors, p, seed)."""
-    lengths = [40, 1, 0, 23]
+    lengths, heads = [40, 1, 0, 23], 2
     if name == "layer_norm":
         x, residual = torch.randn(2, 37, 77).to(device, dtype)
         weight, bias, input_bias = torch.randn(3, 77).to(device, dtype)
@@ -138,15 +138,17 @@ def run_op(name, device, dtype=torch.float32):
 
         return (x, residual, input_bias, weight, bias), run, reference
     if name in ("attention_varlen", "long attention_varlen"):
-        lengths = [140, 1, 0, 23] if name.startswith("long") else lengths
+        if name.startswith("long"):
+            lengths, heads = [140, 1, 0, 23], 1
         batch = PackedBatch.from_lengths(lengths, device)
 
         def reference(tensors, p, seed):
-            kept = masks.scores_kept(seed.item(), 4, 2, max(lengths), max(lengths), p).to(device)
+            longest = max(lengths)
+            kept = masks.scores_kept(seed.item(), 4, heads, longest, longest, p).to(device)
             return attention_varlen_ref(*tensors, lengths, lengths, kept=kept, operands=dtype)
 
         return (
-            torch.randn(3, sum(lengths), 2, 32).to(device, dtype).unbind(0),
+            torch.randn(3, sum(lengths), heads, 32).to(device, dtype).unbind(0),
             lambda t, p, seed: ops.attention_varlen(*t, batch, dropout_p=p, seed=seed),
             reference,
         )
@@ -167,7 +169,12 @@ def run_op(name, device, dtype=torch.float32):
     )
 
 
-NAMES = ("attention_varlen", "long attention_varlen", "attention", "layer_norm")
+NAMES = (
+    "attention_varlen",
+    pytest.param("long attention_varlen", marks=pytest.mark.slow),
+    "attention",
+    "layer_norm",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

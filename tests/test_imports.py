@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,25 +104,14 @@ def test_transformers_stays_above_the_encoder_and_triton_inside_the_kernels():
     assert not (ROOT / "tests/kernels/__init__.py").exists()
 
 
-def test_import_brings_in_nothing_heavy():
+def test_import_brings_in_nothing_but_itself():
+    """So that it takes no time: torch and all else is imported by who uses it."""
     result = python(
-        "import sys, fastbert; print([m for m in ('torch', 'triton', 'transformers') "
-        "if m in sys.modules], len(fastbert.__all__) > 10, fastbert.__version__)"
+        "import sys; before = set(sys.modules); import fastbert\n"
+        "roots = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
+        "print(sorted(roots - set(sys.stdlib_module_names)), len(fastbert.__all__) > 10)"
     )
-    assert result.stdout.startswith("[] True"), result.stderr
-
-
-def test_import_takes_no_longer_than_torch():
-    """Under 1.3 times ``import torch``: the best of fresh processes, in turn."""
-    programs = ("import torch", "import torch, fastbert")
-    times: dict[str, list[float]] = {program: [] for program in programs}
-    for _ in range(4):
-        for program in programs:
-            start = time.perf_counter()
-            assert python(program).returncode == 0
-            times[program].append(time.perf_counter() - start)
-    torch_alone, with_fastbert = (min(times[program]) for program in programs)
-    assert with_fastbert < 1.3 * torch_alone
+    assert result.stdout == "['fastbert'] True\n", result.stdout + result.stderr
 
 
 BLOCK = """

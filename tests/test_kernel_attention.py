@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import DTYPES
 
 import fastbert
 from fastbert import ops
@@ -12,7 +13,6 @@ from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches
 
 pytest.importorskip("triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One token, primes, an empty sequence; keys in one tile, over a tile edge, in several tiles.
 RAGGED = {
     "one token": [1],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import DTYPES
 
 import fastbert
 from fastbert import ops
@@ -10,7 +11,6 @@ from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One token, no token, the edges of a tile; one program a sequence, then several tiles.
 RAGGED = {
     "short": [1, 7, 0, 31],

@@ -21,12 +21,19 @@ ARCHITECTURES = (80, 89, 90)
 COMMAND = "from fastbert.cli import main; main()"
 
 
-def kernel_names() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return []
+JOBS = [
+    (kernels, f"sm_{arch}", dtype)
+    for arch in ARCHITECTURES
+    for kernels in ("attention_bwd", "attention", "all others")
+    for dtype in ("bf16", "fp32")
+]
+
+
+def names(kernels: str) -> list[str]:
     from fastbert.kernels._variants import KERNELS
 
-    return list(KERNELS)
+    large = ("attention", "attention_bwd")
+    return [kernels] if kernels in large else [k for k in KERNELS if k not in large]
 
 
 def run_without_interpreter(*args: str, **variables: str) -> subprocess.CompletedProcess:
@@ -36,15 +43,16 @@ def run_without_interpreter(*args: str, **variables: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", kernel_names())
-def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernel, arch):
-    """No stack, no serialised wgmma, shared memory within limits, matrix units for products."""
-    result = run_without_interpreter(
-        "-c", COMMAND, "kernels", "screen", kernel, "--arch", f"sm_{arch}", "--json"
-    )
+@pytest.mark.parametrize(("kernels", "arch", "dtype"), JOBS)
+def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernels, arch, dtype):
+    """No stack, no serialised wgmma, shared memory within limits, matrix units for products.
+
+    sm_89 takes most tiles of sm_80, but other registers for three in five of them, up to 51 more.
+    """
+    chosen = (*names(kernels), "--arch", arch, "--dtype", dtype)
+    result = run_without_interpreter("-c", COMMAND, "kernels", "screen", *chosen, "--json")
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert rows, result.stderr[-2000:]
+    assert len(rows) >= 40, result.stderr[-2000:]
     assert not {row["name"]: row["faults"] for row in rows if row["faults"]}
     assert result.returncode == 0, result.stderr[-2000:]
     for row in rows:
@@ -67,7 +75,7 @@ for arch in (90, 80):
     found = compile_variant(variant)
     reasons.append(faults(variant, found))
     shared = LIMITS[arch].shared_per_program + 1
-    broken = dataclasses.replace(found, shared=shared, sass="")
+    broken = dataclasses.replace(found, shared=shared, ptx="")
     reasons.append(faults(variant, broken))
 print(json.dumps(reasons))
 """

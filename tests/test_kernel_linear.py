@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import DTYPES
 
 import fastbert
 from fastbert import ops
@@ -10,7 +11,6 @@ from fastbert.ops.reference import bias_activation_ref, linear_ref
 from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 SIZES = {  # (M, N, K)
     "one row": (1, 64, 32),

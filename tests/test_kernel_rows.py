@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import DTYPES
 
 import fastbert
 from fastbert import ops
@@ -9,7 +10,6 @@ from fastbert.ops.reference import embed_ref, layer_norm_ref, softmax_ref
 from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The smallest and largest, a prime-ish width that no vector divides, MiniLM, BERT base and large.
 WIDTHS = (32, 77, 384, 768, 1024, 8192)
 
@@ -195,7 +195,7 @@ def run_embed(ids, positions, types, padding_idx=None):
 @pytest.mark.parametrize("width", (32, 77, 768))
 def test_embed_gradients_match_fp64(width, dtype, device):
     """Many tokens share a row, most rows get none, and one row is padding, which never learns."""
-    tables = [torch.randn(rows, width).to(device, dtype) for rows in (1000, 23, 2)]
+    tables = [torch.randn(rows, width).to(device, dtype) for rows in (100, 23, 2)]
     weight, bias = torch.randn(2, width).to(device, dtype)
     ids = torch.randint(0, 12, (60,)).to(device)
     positions, types = torch.arange(60, device=device) % 23, torch.arange(60, device=device) % 2

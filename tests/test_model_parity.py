@@ -192,7 +192,9 @@ MODES = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=pytest.mark.slow) if "16" in m else m for m in MODES]
+)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_match_transformers(name, mode, device, each_backend):
     head, labels = LOSSES[name]

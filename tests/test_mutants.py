@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import HAS_GPU
+import torch
 
 from fastbert.workbench import fuzz
 
@@ -165,7 +165,8 @@ def mutate(tmp_path, monkeypatch):
     return apply
 
 
-@pytest.mark.skipif(HAS_GPU, reason="compiles each; the interpreter needs no compilation")
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="each would be compiled for its few cases")
 @pytest.mark.parametrize("dtype", fuzz.DTYPES)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.kernel}, {m.fault}")
 def test_a_wrong_kernel_is_found(mutant, dtype, mutate, device):

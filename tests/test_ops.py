@@ -233,6 +233,7 @@ def test_what_the_kernels_do_not_cover(device):
             ops.softmax(torch.zeros(1, 8193, device=device))
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean(device):
     q, k = torch.zeros(2, 600, 2, 8, device=device)
     v = torch.ones(600, 2, 8, device=device)

@@ -28,6 +28,7 @@ def test_layers_of_bert_base_keep_at_most_three_fifths_of_transformers(dtype):
     assert 10 * unit <= ours / 10 <= 10.5 * unit
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_ratio():
     done = subprocess.run(
         [sys.executable, "-m", "fastbert.benchmarks.saved_memory", "--model", "tiny"],

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeClock
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 from fastbert.kernels._cards import CARDS, LIMITS, card_named
 
+from fastbert.cli import app
 from fastbert.workbench import fuzz, sass
 from fastbert.workbench.profile import summarise
 
@@ -194,6 +196,7 @@ def test_cards_are_found_by_the_names_that_drivers_give():
 # ---- fuzzing ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", list(fuzz.FUZZERS))
 def test_random_cases_pass(kernel, device):
     cases = {"attention": 12, "attention_bwd": 6}.get(kernel, 30)
@@ -298,7 +301,7 @@ def test_a_slot_is_screened_with_every_variant_that_it_decides(kernel):
             for field, value in problem.grid[0].items():
                 assert getattr(variant.tile, field) == value
     names = " ".join(v.name for v in tune.variants_of_slot(90, "attention D128 16 bit long", {}))
-    assert "D80" in names and "D96" in names and "padded, mask" in names
+    assert "D96" in names and "padded, mask" in names
     names = " ".join(v.name for v in tune.variants_of_slot(90, "layernorm 1024", {}))
     assert "embedding" in names and "N768 plain" in names and "N384" not in names
     assert tune.variants_of_slot(90, "no such slot", {}) == []
@@ -414,10 +417,12 @@ def test_check_runs_interpreted_and_runs_one_case_again():
         (("tune", "softmax", "--slot", "D64"), "no slot of softmax"),
     ],
 )
-def test_bad_arguments_get_an_answer(args, words):
-    done = fastbert(*args)
+def test_bad_arguments_get_an_answer(args, words, monkeypatch):
+    if args[0] != "check":  # which alone wants the interpreter
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["kernels", *args])
     text = " ".join(re.sub(r"[^\x20-\x7e]", " ", done.stderr).split())
-    assert done.returncode == 2 and words in text, text
+    assert done.exit_code == 2 and words in text, text
 
 
 def test_what_needs_a_gpu_says_so():

@@ -1,14 +1,17 @@
-"""Tiny BERTs and batches that several test files share."""
+"""Tiny BERTs, batches and dtypes that several test files share."""
 
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 import transformers
 from torch.func import functional_call
 
 import fastbert
 
+# The quick loop leaves fp16 out: where bf16 is right it is wrong in range alone.
+DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
 # Lengths 9 (full), 4, 1 and 7 of 9.
 RIGHT = (torch.arange(9) < torch.tensor([9, 4, 1, 7])[:, None]).long()
 

@@ -188,7 +188,7 @@ def screen(
         for kernel in name or KERNELS:
             _known(kernel)
             for v in variants(kernel, architecture, dtypes=dtypes):
-                facts = inspect_variant(v).facts()
+                facts = inspect_variant(v).resources()
                 count += 1
                 bad += bool(facts["faults"])
                 if as_json:

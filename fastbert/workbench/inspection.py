@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,9 +86,13 @@ class Inspection:
 
     variant: Variant
     artefact: Artefact
-    listing: sass.Listing
     occupancy: Occupancy
     faults: list[str]
+
+    @cached_property
+    def listing(self) -> sass.Listing:
+        """Its instructions."""
+        return sass.read(self.artefact.sass)
 
     @property
     def per_element(self) -> dict[str, float]:
@@ -108,32 +113,39 @@ class Inspection:
             (c, *roofline_seconds(self.variant, c)) for c in CARDS if c.arch == self.variant.arch
         ]
 
-    def facts(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON and for comparing."""
-        a, v = self.artefact, self.variant
+    def resources(self) -> dict[str, Any]:
+        """What it takes and what is wrong with it, as plain values; nothing of its instructions."""
+        a = self.artefact
         return {
-            "name": v.name,
-            "tile": asdict(v.tile),
+            "name": self.variant.name,
+            "tile": asdict(self.variant.tile),
             "registers": a.registers,
             "stack": a.stack,
             "spill_stores": a.spill_stores,
             "spill_loads": a.spill_loads,
             "shared": a.shared,
-            "wgmma": a.wgmma,
-            "mma": a.mma,
-            "tcgen05": a.tcgen05,
             "programs_per_sm": self.occupancy.programs,
             "warps_per_sm": self.occupancy.warps,
             "occupancy": round(self.occupancy.share, 4),
             "limited_by": self.occupancy.limit,
+            "warnings": list(a.warnings),
+            "faults": self.faults,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON and for comparing."""
+        a, v = self.artefact, self.variant
+        return {
+            **self.resources(),
+            "wgmma": a.wgmma,
+            "mma": a.mma,
+            "tcgen05": a.tcgen05,
             "instructions": self.listing.total,
             "loop": self.listing.loop,
             "per_element": {k: round(n, 3) for k, n in self.per_element.items()},
             "instructions_per_element": round(sum(self.per_element.values()), 3),
             "memory_access": self.listing.widths,
             "intensity": round(v.cost.intensity, 2),
-            "warnings": list(a.warnings),
-            "faults": self.faults,
         }
 
 
@@ -147,7 +159,6 @@ def inspect_variant(variant: Variant) -> Inspection:
     return Inspection(
         variant=variant,
         artefact=artefact,
-        listing=sass.read(artefact.sass),
         occupancy=occupancy(
             variant.arch,
             registers=artefact.registers,

@@ -134,16 +134,16 @@ def _facts(arch: int, slot: str, fields: dict[str, int]) -> dict[str, Any] | str
 
     try:
         chosen = variants_of_slot(arch, slot, fields)
-        every = [inspect_variant(variant).facts() for variant in chosen]
+        every = [inspect_variant(variant) for variant in chosen]
     except Exception as error:  # a tile that does not compile is no candidate
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    for facts in every:
-        if facts["faults"]:
-            return facts["faults"][0]
-        if facts["programs_per_sm"] == 0:
+    for found in every:
+        if found.faults:
+            return found.faults[0]
+        if found.occupancy.programs == 0:
             return "does not fit a multiprocessor"
     work = [variant.cost.flops + variant.cost.bytes for variant in chosen]
-    return every[work.index(max(work))]
+    return every[work.index(max(work))].facts()
 
 
 def screen_candidates(
