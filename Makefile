@@ -8,11 +8,12 @@ WORKERS ?= 2
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean python
+.PHONY: help demo test quick bench lint clean python
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
-	@echo "make test    the whole test suite"
+	@echo "make test    the whole test suite, in ten minutes"
+	@echo "make quick   the part of it to run while you work, in two"
 	@echo "make bench   fastbert against everything else that runs here, in under ten minutes"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make clean   remove the virtual environments"
@@ -22,6 +23,9 @@ demo: .venv-demo/.installed
 
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+quick: .venv-test/.installed
+	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/fastbert bench --suite targets --time-budget 480 --output bench-results

@@ -50,6 +50,7 @@ __all__ = ["assert_matches", "assert_within_budget", "with_gradients"]
 _FACTOR = 2.0
 # A right result is called wrong once in so many comparisons.
 _ONE_IN = 1e9
+_DEVIATIONS = math.sqrt(2 * math.log(2 * _ONE_IN))
 _ENOUGH = 16  # degrees of freedom: ever more would at best halve the quantile
 _FEWEST = 4  # below that the quantile is so large that nothing could fail
 _STEP = 2.0**-10  # relative change of an argument's scale, for derivatives
@@ -273,8 +274,15 @@ def _judge_scales(
     which: Sequence[int],
     name: str,
 ) -> None:
-    """No argument's scale explains the errors; of the results with these numbers."""
+    """No argument's scale explains the errors; of the results with these numbers.
+
+    A sum of n terms is at most sqrt(n) times the root of the sum of their squares, so that fewer
+    rows than ``_DEVIATIONS ** 2`` cannot be over the limit.
+    """
     wide = _cast(arguments, torch.float64)
+    which = [i for i in which if _by_row(exact[i]).numel() > _DEVIATIONS**2]
+    if not which:
+        return
     for at, argument in enumerate(wide):
         if not _is_floating(argument):
             continue
@@ -287,8 +295,7 @@ def _judge_scales(
             own = _error(results[i], exact[i])
             parts = [_by_row(e * effect) / power for e in (own, *errors[i])]
             found, *torchs = (p.sum().abs().item() for p in parts)
-            deviations = math.sqrt(2 * math.log(2 * _ONE_IN))
-            uncertain = deviations * parts[0].square().sum().sqrt().item()
+            uncertain = _DEVIATIONS * parts[0].square().sum().sqrt().item()
             limit = _FACTOR * (max(torchs) + torch.finfo(torch.float32).eps) + uncertain
             assert found <= limit, (
                 f"{name}, result {i}: off as if argument {at} were scaled by 1 +- {found:.2e}; "

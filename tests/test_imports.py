@@ -32,7 +32,7 @@ def python(program: str, **environment: str) -> subprocess.CompletedProcess:
 
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-c", program],
         cwd=ROOT, env=env, capture_output=True, text=True,
     )  # fmt: skip
 

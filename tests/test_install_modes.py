@@ -86,11 +86,8 @@ def test_kernels_are_ours_and_theirs_stay_theirs(mode, source, tmp_path):
     assert not (site / "kernels").exists(), "we install a top-level package named kernels"
 
     places = [source] if mode == "not installed" else [source, tmp_path]
-    for place in places:
-        assert run(python, "-c", ALONE, cwd=place).split() == [
-            "fastbert.kernels._tiles",
-            "BertModel",
-        ]
+    alone = run(python, "-c", ALONE, cwd=places[-1])
+    assert alone.split() == ["fastbert.kernels._tiles", "BertModel"]
     if mode in ("wheel", "editable", "editable strict"):  # else the checkout itself is on the path
         assert run(python, "-c", ABSENT, cwd=tmp_path).strip() == "True"
     theirs = site / "kernels"

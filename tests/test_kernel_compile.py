@@ -17,23 +17,14 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = (80, 89, 90)
-COMMAND = "from fastbert.cli import main; main()"
 
 
 JOBS = [
-    (kernels, f"sm_{arch}", dtype)
-    for arch in ARCHITECTURES
+    (kernels, archs, dtype)
     for kernels in ("attention_bwd", "attention", "all others")
-    for dtype in ("bf16", "fp32")
+    for archs in ((80, 89), (90,))
+    for dtype in ("bfloat16", "float32")
 ]
-
-
-def names(kernels: str) -> list[str]:
-    from fastbert.kernels._variants import KERNELS
-
-    large = ("attention", "attention_bwd")
-    return [kernels] if kernels in large else [k for k in KERNELS if k not in large]
 
 
 def run_without_interpreter(*args: str, **variables: str) -> subprocess.CompletedProcess:
@@ -43,21 +34,50 @@ def run_without_interpreter(*args: str, **variables: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize(("kernels", "arch", "dtype"), JOBS)
-def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernels, arch, dtype):
+PROGRAM = """
+import json, sys
+import torch
+from fastbert.kernels._variants import KERNELS, variants
+from fastbert.workbench.inspection import inspect_variant
+
+kernels, archs, dtype = json.loads(sys.argv[1])
+large = ("attention", "attention_bwd")
+roomy = set()  # what the compiler was given where it needed few registers
+for name in [kernels] if kernels in large else [k for k in KERNELS if k not in large]:
+    for arch in archs:
+        for v in variants(name, arch, dtypes=(getattr(torch, dtype),)):
+            given = (v.kernel.fn.__name__, repr(sorted(v.signature.items())),
+                     repr(sorted(v.constants.items())), v.num_warps, v.num_stages)
+            if given not in roomy:
+                found = inspect_variant(v).resources()
+                print(json.dumps(found))
+                if found["registers"] <= 160:
+                    roomy.add(given)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "archs", "dtype"), JOBS, ids=lambda p: str(p) if isinstance(p, str) else str(p[-1])
+)
+def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernels, archs, dtype):
     """No stack, no serialised wgmma, shared memory within limits, matrix units for products.
 
-    sm_89 takes most tiles of sm_80, but other registers for three in five of them, up to 51 more.
+    What sm_89 is given like sm_80 is not compiled again where it took at most 160 registers: of 397
+    such tiles 242 took other registers on sm_89, at most 51 more.
     """
-    chosen = (*names(kernels), "--arch", arch, "--dtype", dtype)
-    result = run_without_interpreter("-c", COMMAND, "kernels", "screen", *chosen, "--json")
-    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) >= 40, result.stderr[-2000:]
-    assert not {row["name"]: row["faults"] for row in rows if row["faults"]}
+    result = run_without_interpreter("-c", PROGRAM, json.dumps((kernels, archs, dtype)))
     assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(any(f" sm_{arch} " in row["name"] for row in rows) for arch in archs)
+    assert len(rows) >= 40 and not {row["name"]: row["faults"] for row in rows if row["faults"]}
     for row in rows:
         assert row["registers"] > 0 and row["programs_per_sm"] > 0, row["name"]
         assert row["spill_stores"] == row["spill_loads"] == 0, row["name"]
+        if " sm_80 " in row["name"]:
+            from fastbert.kernels._cards import LIMITS
+
+            roomy = row["registers"] <= 160
+            assert not roomy or row["shared"] <= LIMITS[89].shared_per_program, row["name"]
 
 
 PROBE = """

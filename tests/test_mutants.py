@@ -8,6 +8,7 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -62,7 +63,9 @@ LSE = "weights(s, lse[None, :], scale_log2, bias_ptr is not None)"
 ATTENTION_BWD = {
     "fp16 accumulation": in_fp16(
         f"tl.dot(ds.to(k.dtype), k, acc, {PRODUCT}",
+        f"tl.dot(ds.to(q.dtype), q, acc_dk, {PRODUCT}",
         f"dv = tl.dot(dropped.to(do.dtype), do, {PRODUCT}",
+        f"dk = tl.dot(ds, q, {PRODUCT}",
     ),
     "dropped tail": without(
         "tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)", "(offs_d < HEAD_DIM - 1)[None, :]"
@@ -71,7 +74,14 @@ ATTENTION_BWD = {
         ("acc * scale,", "acc * (1.001 * scale),"),
         ("dq * scale", "dq * (1.001 * scale)"),
     ),
+    "wrong scale of keys": (("dk * scale,", "dk * (1.001 * scale),"),),
     "one mask bit": ((LSE, f"tl.where(offs_n[:, None] == 1, 0.0, {LSE})"),),
+}
+ATTENTION_BIAS_BWD = {
+    "dropped tail of the bias": (
+        ("offs_m < len_q - first_m, o", "offs_m < len_q - first_m - 1, o"),
+    ),
+    "wrong scale of the bias": (("acc += p * ", "acc += 1.001 * p * "),),
 }
 SOFTMAX = {
     "fp16 accumulation": in_fp16("tl.sum(p, 1)"),
@@ -125,6 +135,7 @@ MUTANTS = [
     for kernel, file, faults in (
         ("attention", "attention.py", ATTENTION),
         ("attention_bwd", "attention_bwd.py", ATTENTION_BWD),
+        ("attention_bwd", "attention_bias_bwd.py", ATTENTION_BIAS_BWD),
         ("softmax", "softmax.py", SOFTMAX),
         ("softmax_bwd", "softmax.py", SOFTMAX_BWD),
         ("layernorm", "layernorm.py", LAYERNORM),
@@ -146,9 +157,15 @@ def test_every_kernel_has_mutants():
 @pytest.fixture
 def mutate(tmp_path, monkeypatch):
     """Puts a changed copy of the kernels in the place of the kernels, for one test."""
+    package = importlib.import_module("fastbert.kernels")
+
+    def take_out() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.startswith("fastbert.kernels.")]
+        for name in names:
+            delattr(package, name.rpartition(".")[2])
+        return {name: sys.modules.pop(name) for name in names}
 
     def apply(mutant: Mutant) -> None:
-        package = importlib.import_module("fastbert.kernels")
         shutil.copytree(KERNELS, tmp_path / "kernels")
         path = tmp_path / "kernels" / mutant.file
         text = path.read_text()
@@ -156,13 +173,14 @@ def mutate(tmp_path, monkeypatch):
             assert old in text, f"{mutant.file} no longer has {old!r}: change the mutant with it"
             text = text.replace(old, new)
         path.write_text(text)
-        prefix = "fastbert.kernels."
-        for name in [n for n in sys.modules if n.startswith(prefix)]:
-            monkeypatch.setattr(package, name.removeprefix(prefix), sys.modules[name])
-            monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(package, "__path__", [str(tmp_path / "kernels")])
 
-    return apply
+    right = take_out()
+    yield apply
+    take_out()
+    for name, module in right.items():
+        sys.modules[name] = module
+        setattr(package, name.rpartition(".")[2], module)
 
 
 @pytest.mark.slow

@@ -133,15 +133,15 @@ def _facts(arch: int, slot: str, fields: dict[str, int]) -> dict[str, Any] | str
     from .inspection import inspect_variant
 
     try:
-        chosen = variants_of_slot(arch, slot, fields)
-        every = [inspect_variant(variant) for variant in chosen]
+        chosen, every = variants_of_slot(arch, slot, fields), []
+        for variant in chosen:
+            every.append(found := inspect_variant(variant))
+            if found.faults:
+                return found.faults[0]
+            if found.occupancy.programs == 0:
+                return "does not fit a multiprocessor"
     except Exception as error:  # a tile that does not compile is no candidate
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    for found in every:
-        if found.faults:
-            return found.faults[0]
-        if found.occupancy.programs == 0:
-            return "does not fit a multiprocessor"
     work = [variant.cost.flops + variant.cost.bytes for variant in chosen]
     return every[work.index(max(work))].facts()
 
