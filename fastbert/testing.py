@@ -161,24 +161,17 @@ def assert_matches(
         _judge_scales(results, specified, arguments, exact, errors, hidden, name)
 
 
-def with_gradients(
-    function: Callable[..., Tensor], count: int | None = None
-) -> Callable[..., list[Tensor]]:
+def with_gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     """``function(*tensors)`` as ``(upstream, *tensors) -> [result, gradient of each tensor]``.
 
     Args:
         function: of tensors; those that are None stay None and have no gradient.
-        count: of how many leading tensors the gradient is wanted; all if None.
     """
 
     def run(upstream: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-        wanted = len(tensors) if count is None else count
-        leaves = [
-            t if t is None or i >= wanted else t.detach().requires_grad_()
-            for i, t in enumerate(tensors)
-        ]
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         out = function(*leaves)
-        given = [t for t in leaves[:wanted] if t is not None]
+        given = [t for t in leaves if t is not None]
         return [out.detach(), *torch.autograd.grad(out, given, upstream.to(out.dtype))]
 
     return run

@@ -55,7 +55,8 @@ class Fuzzer:
     Attributes:
         draw: a case of a dtype from a random generator.
         run: (case, device) -> the results to be compared, by name.
-        least: field -> the smallest value that makes sense; numbers not named go down to 1.
+        least: field -> the smallest value that makes sense; numbers not named go down to 1, those
+            of lists to 0.
     """
 
     draw: Callable[[random.Random, str], Case]
@@ -151,8 +152,9 @@ def _smaller(kernel: str, case: Case) -> Iterator[Case]:
             for i in range(len(value)):
                 if len(value) > 1:
                     yield {**case, key: value[:i] + value[i + 1 :]}
-                for fewer in dict.fromkeys((value[i] // 2, value[i] - 1)):
-                    if 0 <= fewer < value[i]:
+                least = FUZZERS[kernel].least.get(key, 0)
+                for fewer in dict.fromkeys((least, value[i] // 2, value[i] - 1)):
+                    if least <= fewer < value[i]:
                         yield {**case, key: [*value[:i], fewer, *value[i + 1 :]]}
 
 
