@@ -66,6 +66,7 @@ class LayerWeights(NamedTuple):
             `fastbert.ops.linear.ACTIVATIONS` or any function.
         output, output_norm: the second feed-forward product and the norm after it.
         head_size: size of an attention head; how many there are follows from the projection.
+        scale: factor for the scores.
         attention_dropout, hidden_dropout, output_dropout: probabilities, 0 outside training.
     """
 
@@ -77,6 +78,7 @@ class LayerWeights(NamedTuple):
     output: Projection
     output_norm: Norm | Callable[[Tensor], Tensor]
     head_size: int
+    scale: float
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
@@ -130,7 +132,7 @@ def attention_weights(
             keep = batch.key_mask[:, None, None, :]
             mask = keep if mask is None else mask.masked_fill(~keep, float("-inf"))
     scores = q @ k.transpose(-1, -2)
-    probabilities = ops.softmax(scores, mask=mask, scale=q.shape[-1] ** -0.5)
+    probabilities = ops.softmax(scores, mask=mask, scale=weights.scale)
     return F.dropout(probabilities, weights.attention_dropout)
 
 
@@ -160,14 +162,14 @@ def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tenso
 
 def _attend(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> Tensor:
     """The context of every token, ``[T, E]`` -> ``[T, E]``."""
-    p = weights.attention_dropout
+    options = {"scale": weights.scale, "dropout_p": weights.attention_dropout}
     if isinstance(batch, PackedBatch):
         qkv = _project_together(hidden, weights)
         if qkv is not None:
-            return ops.attention_qkv(qkv, batch, dropout_p=p).flatten(1)
-        return ops.attention_varlen(*_project_heads(hidden, weights), batch, dropout_p=p).flatten(1)
+            return ops.attention_qkv(qkv, batch, **options).flatten(1)
+        return ops.attention_varlen(*_project_heads(hidden, weights), batch, **options).flatten(1)
     q, k, v = (batch.view(t).transpose(1, 2) for t in _project_heads(hidden, weights))
-    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, dropout_p=p)
+    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options)
     return context.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

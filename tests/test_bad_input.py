@@ -23,6 +23,12 @@ BAD = {
     "type out of range": ({"token_type_ids": RIGHT + 1}, ValueError, "from 0 to 1"),
     "position out of range": ({"position_ids": RIGHT + 39}, ValueError, "from 0 to 39"),
     "types of another shape": ({"token_type_ids": RIGHT[:, :5]}, ValueError, "token_type_ids"),
+    "types of half the batch": (
+        {"token_type_ids": RIGHT[:2]}, ValueError, r"token_type_ids \(4, 9\), got \(2, 9\)"
+    ),
+    "positions of half the batch": (
+        {"position_ids": RIGHT[:2]}, ValueError, r"position_ids \(4, 9\), got \(2, 9\)"
+    ),
     "floating ids": ({"input_ids": INPUTS["input_ids"].float()}, TypeError, "int32 or int64"),
     "one dimension": ({"input_ids": torch.arange(9)}, ValueError, r"\[batch, length\]"),
     "empty batch": ({"input_ids": INPUTS["input_ids"][:0]}, ValueError, "at least one token"),
@@ -43,6 +49,37 @@ def test_bad_input_is_named(name, grad):
     inputs = {"input_ids": INPUTS["input_ids"], **changes}
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
         ours(**inputs)
+
+
+LABELS = {
+    "half the batch": (RIGHT[:2], "(18)"),
+    "one a sequence": (RIGHT[:, 0], "(4)"),
+    "shorter": (RIGHT[:, :5], "(20)"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("labels, count", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(
+    "head", ["BertForMaskedLM", "BertForPreTraining", "BertForTokenClassification"]
+)
+def test_labels_that_are_not_one_a_token_are_named(head, labels, count, training):
+    """As transformers has it; both sizes in the message."""
+    more = {"next_sentence_label": torch.tensor([0, 1, 0, 1])} if "Pre" in head else {}
+    for model in pair(head):
+        with pytest.raises(ValueError) as caught:
+            model.train(training)(**INPUTS, labels=labels % 2, **more)
+        assert f"batch_size (36) to match target batch_size {count}" in str(caught.value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForTokenClassification"])
+def test_labels_may_come_flat_as_in_transformers(head, training):
+    theirs, ours = pair(head, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    labels = (INPUTS["input_ids"] % 2).masked_fill(~REAL, -100)
+    for given in (labels, labels.flatten()):
+        losses = [m.train(training)(**INPUTS, labels=given).loss for m in (theirs, ours)]
+        torch.testing.assert_close(*losses)
 
 
 @torch.no_grad()

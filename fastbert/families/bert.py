@@ -92,6 +92,7 @@ def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
         output=modules.projection(output.dense),
         output_norm=modules.norm(output.LayerNorm),
         head_size=heads.attention_head_size,
+        scale=heads.scaling,
         attention_dropout=modules.dropout_p(heads.dropout) or 0.0,
         hidden_dropout=modules.dropout_p(mixed.dropout) or 0.0,
         output_dropout=modules.dropout_p(output.dropout) or 0.0,
@@ -109,9 +110,10 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
     if modules.has_user_hooks(layer):
         return "a layer has a hook"
     attention = layer.attention
+    heads = attention.self
     for owner, cls in (
         (attention, hf.BertAttention),
-        (attention.self, hf.BertSelfAttention),
+        (heads, hf.BertSelfAttention),
         (attention.output, hf.BertSelfOutput),
         (layer.intermediate, hf.BertIntermediate),
         (layer.output, hf.BertOutput),
@@ -125,6 +127,10 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
                 return f"{cls.__name__}.{name} has a hook"
             if name == "dropout" and modules.dropout_p(child) is None:
                 return f"{cls.__name__}.dropout was replaced by a {type(child).__name__}"
+    if heads.is_causal:
+        return "the attention of a layer is causal (is_causal)"
+    if not isinstance(heads.scaling, float | int):
+        return f"the scaling of a layer is a {type(heads.scaling).__name__}"
     return None
 
 
@@ -223,6 +229,11 @@ class BertModel(DropIn, hf.BertModel):
                 **kwargs,
             )
 
+        # One row of ids for all sequences may come without its dimension.
+        token_type_ids, position_ids = (
+            ids[None] if ids is not None and ids.dim() == 1 else ids
+            for ids in (token_type_ids, position_ids)
+        )
         x = check_inputs(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )

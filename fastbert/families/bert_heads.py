@@ -43,6 +43,26 @@ __all__ = [
 ]
 
 
+def _by_token(
+    labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor | None:
+    """Labels ``[B, S]``, which may have come flat.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    x = inputs_embeds if input_ids is None else input_ids
+    if labels is None or x is None:
+        return labels
+    if labels.numel() != x.shape[:2].numel():
+        raise ValueError(  # its first line is torch's
+            f"Expected input batch_size ({x.shape[:2].numel()}) to match target batch_size "
+            f"({labels.numel()}).\nlabels: expected one for each token of the input "
+            f"{tuple(x.shape[:2])}, got {tuple(labels.shape)}"
+        )
+    return labels.reshape(x.shape[:2])
+
+
 def _labels_on_padding(labels: Tensor | None, attention_mask: Tensor | None) -> bool:
     """Whether a loss over padded positions is asked for, so that their hidden states matter."""
     if labels is None or attention_mask is None or attention_mask.dim() != 2:
@@ -70,6 +90,7 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
     ) -> tuple[Tensor] | hf.BertForPreTrainingOutput:
         num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        labels = _by_token(labels, input_ids, inputs_embeds)
         wants_loss = labels is not None and next_sentence_label is not None
         chosen = _LabelledTokens.of(self, labels) if wants_loss else None
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
@@ -127,6 +148,7 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         kwargs["encoder_hidden_states"] = encoder_hidden_states
         kwargs["encoder_attention_mask"] = encoder_attention_mask
+        labels = _by_token(labels, input_ids, inputs_embeds)
         chosen = _LabelledTokens.of(self, labels)
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
         rows = outputs[0]
@@ -154,6 +176,7 @@ class BertForTokenClassification(DropIn, hf.BertForTokenClassification):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | TokenClassifierOutput:
+        labels = _by_token(labels, input_ids, inputs_embeds)
         keep = _labels_on_padding(labels, attention_mask)
         return super().forward(
             input_ids=input_ids,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.models.bert import modeling_bert as hf
 
 from .. import ops
@@ -16,6 +19,8 @@ from ..packing import PackedBatch, PaddedBatch
 from . import modules
 
 __all__ = ["check_inputs", "embed_rows", "make_batch"]
+
+_log = logging.getLogger("fastbert")
 
 
 def check_inputs(
@@ -58,10 +63,10 @@ def check_inputs(
         )
     for other, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is not None and (
-            ids.dim() != 2 or ids.shape[1] != length or batch_size % ids.shape[0]
+            ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch_size)
         ):
             raise ValueError(f"BertModel: expected {other} {tuple(shape)}, got {tuple(ids.shape)}")
-    positions = model.embeddings.position_embeddings.num_embeddings
+    positions = model.embeddings.position_embeddings.weight.shape[0]
     if position_ids is None and length > positions:
         raise ValueError(
             f"BertModel: expected at most {positions} tokens a sequence, the rows of the position "
@@ -133,9 +138,58 @@ def _packed_lengths(
     if position_ids is None or shape[0] != 1:
         return None
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    if len(starts) < 2 or starts[0] != 0:
-        return None
+    if len(starts) < 2 or starts[0] != 0 or len(starts) == shape[1]:
+        return None  # as many zeros as tokens are no positions at all
+    _say_packed(len(starts))
     return [end - start for start, end in zip(starts, [*starts[1:], shape[1]], strict=True)]
+
+
+_said_packed = False
+
+
+def _say_packed(count: int) -> None:
+    """Once, since transformers' eager and sdpa attention take such input for one sequence."""
+    global _said_packed
+    if not _said_packed:
+        _said_packed = True
+        _log.warning(
+            "fastbert takes a batch of one whose position_ids restart for %d packed sequences, "
+            "which do not attend to each other; with an attention_mask of ones it is one sequence",
+            count,
+        )
+
+
+# Buffers that hold what transformers put there: (their version then, whether they do).
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _as_made(buffer: Tensor, make: Callable[[int], Tensor]) -> bool:
+    """Whether each row of a buffer is ``make`` of its length; looked at once for as long as nothing
+    is written to it."""
+    if torch.compiler.is_compiling() or buffer.is_meta or buffer.is_inference():
+        return False
+    known = _made.get(buffer)
+    if known is None or known[0] != buffer._version:
+        made = make(buffer.shape[-1]).to(buffer).expand_as(buffer)
+        known = _made[buffer] = (buffer._version, torch.equal(buffer, made))
+    return known[1]
+
+
+def _default_ids(
+    embeddings: hf.BertEmbeddings, position_ids: Tensor | None, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions and token types of who gave none, ``[1 or B, S]``: what stands in the buffers.
+
+    None where the buffers are as transformers makes them: columns, and zeros.
+    """
+    stored, types = embeddings.position_ids, getattr(embeddings, "token_type_ids", None)
+    positions = position_ids
+    if positions is None and not _as_made(stored, torch.arange):
+        positions = stored[:, :length].to(device)
+    if types is None or _as_made(types, torch.zeros):
+        return positions, None
+    index = torch.arange(length, device=device)[None] if positions is None else positions
+    return positions, types.to(device).expand(index.shape[0], -1).gather(1, index.long())
 
 
 def embed_rows(
@@ -152,6 +206,9 @@ def embed_rows(
     def rows(ids: Tensor) -> Tensor:
         return batch.pack(ids.expand(x.shape[0], -1) if ids.shape[0] == 1 else ids)
 
+    if position_ids is None or token_type_ids is None:
+        position_ids, types = _default_ids(embeddings, position_ids, x.shape[1], x.device)
+        token_type_ids = types if token_type_ids is None else token_type_ids
     positions = batch.columns(x.device) if position_ids is None else rows(position_ids)
     types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
     word, position, kind = (
@@ -176,7 +233,7 @@ def embed_rows(
         ids = {"input_ids": input_ids, "position_ids": positions, "token_type_ids": types}
         for (which, values), table in zip(ids.items(), tables, strict=True):
             if values is not None and isinstance(table, nn.Embedding):
-                check_range(which, values, table.num_embeddings)
+                check_range(which, values, table.weight.shape[0])
         hidden = batch.pack(inputs_embeds) if input_ids is None else word(rows(input_ids))
         hidden = hidden + kind(types) + position(positions)
         if isinstance(norm, tuple):
