@@ -168,6 +168,8 @@ def _as_made(buffer: Tensor, make: Callable[[int], Tensor]) -> bool:
     is written to it."""
     if torch.compiler.is_compiling() or buffer.is_meta or buffer.is_inference():
         return False
+    if type(buffer) not in (Tensor, nn.Buffer):  # a fake one cannot be looked at
+        return False
     known = _made.get(buffer)
     if known is None or known[0] != buffer._version:
         made = make(buffer.shape[-1]).to(buffer).expand_as(buffer)
