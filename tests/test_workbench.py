@@ -425,7 +425,7 @@ def test_check_runs_interpreted_and_runs_one_case_again():
         (("check", "nothing"), "expected one of attention"),
         (("check", "softmax", "--case", "{"), "expected JSON"),
         (("check", "softmax", "--cases", "1", "--seconds", "1"), "either --cases or --seconds"),
-        (("check", "softmax", "--dtype", "fp64"), "expected one of fp32, fp16, bf16"),
+        (("check", "softmax", "--dtype", "fp64"), "expected one of bf16, fp16, fp32"),
         (("tune", "embedding"), "expected attention"),
         (("tune", "softmax", "--slot", "D64"), "no slot of softmax"),
     ],

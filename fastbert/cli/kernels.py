@@ -95,9 +95,7 @@ def check(
     if cases is None and seconds is None:
         seconds = 20.0
     for text in dtype or ():
-        if text not in fuzz.DTYPES:
-            words = ", ".join(fuzz.DTYPES)
-            raise typer.BadParameter(f"--dtype: expected one of {words}, got {text!r}")
+        _dtype(text)
     options = {"cases": cases, "seconds": seconds, "dtypes": dtype or tuple(fuzz.DTYPES)}
     failed = 0
     for kernel in fuzz.FUZZERS if name is None else (name,):
