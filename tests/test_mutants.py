@@ -150,6 +150,16 @@ MUTANTS = [
 ]
 
 
+# In fp16 gradients whose tiles are summed in fp16 are off by one rounding more of what they are
+# stored in, which is within twice torch's error; what overflows does so in the right kernel too.
+CASES = [
+    pytest.param(mutant, dtype, id=f"{mutant.kernel}, {mutant.fault}, {dtype}")
+    for mutant in MUTANTS
+    for dtype in fuzz.DTYPES
+    if (mutant.kernel, mutant.fault, dtype) != ("attention_bwd", "fp16 accumulation", "fp16")
+]
+
+
 def test_every_kernel_has_mutants():
     assert {m.kernel for m in MUTANTS} == set(fuzz.FUZZERS)
 
@@ -185,8 +195,7 @@ def mutate(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="each would be compiled for its few cases")
-@pytest.mark.parametrize("dtype", fuzz.DTYPES)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.kernel}, {m.fault}")
+@pytest.mark.parametrize(("mutant", "dtype"), CASES)
 def test_a_wrong_kernel_is_found(mutant, dtype, mutate, device):
     mutate(mutant)
     found = fuzz.check(
