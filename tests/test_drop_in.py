@@ -8,14 +8,12 @@ import threading
 import pytest
 import torch
 import transformers
-from tiny import RIGHT, inputs_for, pair, tiny_config
+from tiny import INPUTS, RIGHT, assert_as_good, pair, tiny_config
 
 import fastbert
 from fastbert.families.bert import obstacle
-from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("on_torch")
-INPUTS = inputs_for("BertModel", RIGHT)
 REAL = RIGHT.bool()
 
 
@@ -28,16 +26,6 @@ def _inference():
 @pytest.fixture(autouse=True)
 def _forget_what_was_said(monkeypatch):
     monkeypatch.setattr("fastbert.families.bert._said", set())
-
-
-def assert_as_good(theirs, actual: torch.Tensor, inputs: dict = INPUTS):
-    """Outputs by token as exact as transformers' own, which is left as it was."""
-    mask = inputs.get("attention_mask")
-    real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    baseline = theirs(**inputs)[0]
-    oracle = theirs.double()(**inputs)[0]
-    theirs.float()
-    assert_within_budget(*(t[real.bool()] for t in (actual, oracle, baseline)), "outputs")
 
 
 def assert_same(theirs, ours, packed: bool = True):
@@ -257,99 +245,6 @@ def test_export_gives_a_program_with_the_same_outputs():
     for ids, mask in (args, (args[0][:2, :5], args[1][:2, :5])):
         inputs = {"input_ids": ids, "attention_mask": mask}
         assert_as_good(theirs, program(ids, mask)[0], inputs)
-
-
-# What stands beside the weights
-
-
-def grow_positions(model):
-    generator = torch.Generator().manual_seed(3)
-    model.embeddings.position_embeddings.weight.data = torch.randn(80, 32, generator=generator)
-
-
-BESIDE = {
-    "scaling": lambda m: [setattr(x.attention.self, "scaling", 0.7) for x in m.encoder.layer],
-    "positions": lambda m: setattr(m.embeddings, "position_ids", m.embeddings.position_ids + 2),
-    "positions in place": lambda m: m.embeddings.position_ids.add_(2),
-    "positions by sequence": lambda m: setattr(
-        m.embeddings, "position_ids", torch.arange(40).repeat(4, 1) // torch.tensor([[1], [2]] * 2)
-    ),
-    "token types in place": lambda m: m.embeddings.token_type_ids[:, 3:].fill_(1),
-    "no buffer of token types": lambda m: delattr(m.embeddings, "token_type_ids"),
-    "a longer table": grow_positions,
-}
-
-
-@pytest.mark.parametrize("change", BESIDE.values(), ids=BESIDE)
-def test_what_stands_beside_the_weights_is_read(change):
-    """Changed after a call, so that nothing is remembered of what was there."""
-    theirs, ours = pair("BertModel")
-    inputs = {k: v for k, v in INPUTS.items() if k != "token_type_ids"}
-    before = ours(**inputs)[0]
-    for model in (theirs, ours):
-        change(model)
-    for given in (inputs, {"input_ids": inputs["input_ids"]}):
-        assert_as_good(theirs, ours(**given)[0], given)
-    assert obstacle(ours) is None
-    if change not in (grow_positions, BESIDE["no buffer of token types"]):
-        assert not torch.allclose(ours(**inputs)[0], before, atol=1e-2)
-
-
-def test_more_tokens_than_the_config_says_where_the_table_was_enlarged():
-    theirs, ours = pair("BertModel")
-    ids = INPUTS["input_ids"].repeat(1, 7)[:, :60]
-    with pytest.raises(ValueError, match="at most 40 tokens a sequence"):
-        ours(input_ids=ids)
-    for model in (theirs, ours):
-        grow_positions(model)
-        model.embeddings.position_ids = torch.arange(80)[None]
-        model.embeddings.token_type_ids = torch.zeros(1, 80, dtype=torch.long)
-    assert_as_good(theirs, ours(input_ids=ids)[0], {"input_ids": ids})
-
-
-@pytest.mark.parametrize("name, value", [("is_causal", True), ("scaling", torch.tensor(0.5))])
-def test_attention_of_another_kind_is_transformers_business(name, value):
-    theirs, ours = pair("BertModel")
-    for model in (theirs, ours):
-        setattr(model.encoder.layer[1].attention.self, name, value)
-    assert_same(theirs, ours, packed=False)
-
-
-# Positions
-
-
-def test_positions_and_types_may_come_for_all_sequences_at_once():
-    theirs, ours = pair("BertModel")
-    ids = INPUTS["input_ids"]
-    for shape in ((9,), (1, 9)):
-        inputs = {
-            "input_ids": ids,
-            "token_type_ids": ids % 2,
-            "position_ids": torch.arange(9).flip(0).view(shape),
-        }
-        assert_as_good(theirs, ours(**inputs)[0], inputs)
-
-
-def test_positions_that_are_all_zero_are_no_packing(caplog):
-    theirs, ours = pair("BertModel")
-    inputs = {"input_ids": INPUTS["input_ids"][:1], "position_ids": torch.zeros(1, 9).long()}
-    assert_as_good(theirs, ours(**inputs)[0], inputs)
-    assert not caplog.records
-
-
-def test_packing_guessed_from_positions_is_said_once_with_the_way_out(caplog, monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert_inputs._said_packed", False)
-    theirs, ours = pair("BertModel")
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    inputs = {"input_ids": INPUTS["input_ids"][:1], "position_ids": positions}
-    apart = ours(**inputs)[0]
-    ours(**inputs)
-    (record,) = caplog.records
-    assert "restart for 2 packed sequences" in record.message
-    assert "attention_mask of ones" in record.message
-    inputs["attention_mask"] = torch.ones(1, 9).long()
-    assert_as_good(theirs, ours(**inputs)[0], inputs)
-    assert not torch.allclose(ours(**inputs)[0], apart, atol=1e-2)
 
 
 # Weights side by side, as inference on a GPU keeps q, k and v
