@@ -262,6 +262,7 @@ def test_kernels_are_checked_but_never_timed_under_the_interpreter(tmp_path):
     assert all("its result is right" in n.reason for n in results.not_measured)
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found_under_the_interpreter(tmp_path, monkeypatch):
     from fastbert.benchmarks import kernel_workloads
 

@@ -218,7 +218,8 @@ def test_threads_share_a_model():
     assert all(torch.equal(r, expected) for r in results)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile_is_one_graph_for_any_mask_and_shape(backend):
     theirs, ours = pair("BertModel")
     torch._dynamo.reset()

@@ -178,7 +178,9 @@ NAMES = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [0.1, 0.01, 0.5])
+@pytest.mark.parametrize(
+    "p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.01, 0.5))]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_op_with_dropout_matches_fp64_with_the_same_mask(name, p, dtype, device):
     """Forward and backward: only the same mask in both gives these gradients."""
@@ -235,7 +237,7 @@ def test_seeds_come_from_torchs_generator(name, device):
     assert torch.equal(mine, same)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_drops_the_same_twice(name, reentrant, device):
     tensors, run, _ = run_op(name, device)

@@ -124,6 +124,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.slow
 def test_everything_but_the_kernels_works_without_triton():
     program = BLOCK.format(blocked="triton") + (
         "import importlib.util\n"

@@ -219,6 +219,7 @@ def test_bool_bias_keeps_what_is_true(device):
     assert torch.equal(ops.attention(q, k, v, bias=keep), ops.attention(q, k, v, bias=as_floats))
 
 
+@pytest.mark.slow
 def test_packed_equals_padded_at_the_size_of_bert(device):
     """bf16, twelve heads of 64, several tiles of queries and of keys."""
     lengths = [300, 1, 77]

@@ -58,7 +58,9 @@ def test_varlen_gradients_match_fp64(lengths, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 48, 80, 128])
+@pytest.mark.parametrize(
+    "head_dim", [8, 32, *(pytest.param(d, marks=pytest.mark.slow) for d in (16, 48, 80, 128))]
+)
 def test_varlen_gradients_for_every_head_size(head_dim, dtype, device):
     for lengths in ([5, 1, 30], [70, 130]):
         check_varlen(dtype, device, head_dim, lengths)
@@ -209,7 +211,10 @@ def check_padded(shape, dtype, device, bias_shape, masked):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(PADDED[n], id=n, marks=[pytest.mark.slow] * (n == "walks")) for n in PADDED],
+)
 def test_padded_gradients_match_fp64(shape, dtype, device):
     for masked in (False, True):
         for bias_shape in (None, "full", "per head"):
@@ -246,6 +251,7 @@ def test_a_bias_of_another_dtype_gets_its_own(device):
     torch.testing.assert_close(bias.grad.double(), wide.grad, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_packed_gradients_equal_padded_ones_at_the_size_of_bert(device):
     """bf16, twelve heads of 64, several tiles of queries and of keys."""
     lengths = [140, 1, 77]

@@ -193,7 +193,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(m, marks=pytest.mark.slow) if "16" in m else m for m in MODES]
+    "mode",
+    ["training", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if m != "training")],
 )
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_match_transformers(name, mode, device, each_backend):

@@ -48,6 +48,7 @@ def test_attention_weights(minilm_folder, models, batch):
         assert (a - b).transpose(1, 2)[real].abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_embeddings_match_sentence_transformers(minilm_folder):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     texts = [passage["text"] for passage in passages()[:40]]

@@ -175,7 +175,7 @@ def test_frozen_parts(device, each_backend):
         close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing(reentrant, dropout, device, each_backend):
     _, ours, inputs = masked_lm(device)
