@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
 from .families.bert import obstacle
-from .families.drop_in import check_config, to_twins
+from .families.drop_in import DropIn, check_config, set_options, to_twins
 from .models import BertModel
 
 __all__ = ["Acceleration", "accelerate"]
@@ -27,19 +27,25 @@ class Acceleration:
     """
 
     def __init__(
-        self, model: nn.Module, changed: list[tuple[nn.Module, type[nn.Module]]], notes: list[str]
+        self,
+        model: nn.Module,
+        changed: list[tuple[nn.Module, type[nn.Module]]],
+        notes: list[str],
+        options: list[DropIn],
     ):
         self.model = model
         self.notes = notes
-        self._changed = changed
+        self._changed, self._options = changed, options
         names = {id(module): name for name, module in model.named_modules()}
         self.changed = [names[id(module)] for module, _ in changed]
 
     def undo(self) -> nn.Module:
-        """Give every module its own class back. Harmless when done twice."""
-        for module, cls in self._changed:
-            module.__class__ = cls
-        self._changed = []
+        """Give every module its own class back, and take back the options. Harmless when done
+        twice."""
+        for module in self._options:
+            module.__dict__.pop("skip_logits", None)
+        _back(self._changed)
+        self._changed, self._options = [], []
         return self.model
 
     def __enter__(self) -> Acceleration:
@@ -59,7 +65,12 @@ class Acceleration:
         return f"Acceleration({type(self.model).__name__}, {len(self.changed)} modules{notes})"
 
 
-def accelerate(model: nn.Module) -> Acceleration:
+def _back(changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    for module, cls in changed:
+        module.__class__ = cls
+
+
+def accelerate(model: nn.Module, *, skip_logits: bool = False) -> Acceleration:
     """Make the BERT inside ``model`` run packed. Changes this instance only; parameters stay as
     they are.
 
@@ -71,6 +82,9 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Args:
         model: a module on any device, in any dtype.
+        skip_logits: in training with labels, a masked-LM head computes labelled tokens only, never
+            a tensor of all logits, and returns None as ``logits`` (or ``prediction_logits``). A
+            call decides for itself with the same keyword; evaluation gives logits as ever.
 
     Returns:
         An `Acceleration`: ``handle.undo()`` or ``with fastbert.accelerate(model): ...`` for the
@@ -78,7 +92,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no BERT inside it.
+        ValueError: there is no BERT inside it, or with ``skip_logits`` no masked-LM head.
         NotImplementedError: its config asks for relative position embeddings.
     """
     if not isinstance(model, nn.Module):
@@ -95,6 +109,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     for _, encoder in encoders:
         check_config(encoder.config)
     changed = to_twins(model)
+    try:
+        options = set_options(model, skip_logits=skip_logits)
+    except ValueError:
+        _back(changed)
+        raise
     notes = []
     for name, encoder in encoders:
         where = name or type(encoder).__name__
@@ -110,4 +129,4 @@ def accelerate(model: nn.Module) -> Acceleration:
             "It stays right and is not faster.",
             "; ".join(notes),
         )
-    return Acceleration(model, changed, notes)
+    return Acceleration(model, changed, notes, options)

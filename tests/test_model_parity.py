@@ -153,11 +153,12 @@ def test_return_dict_false_gives_the_same_tuple(device, each_backend):
 LABELS = torch.randint(0, 99, (4, 9), generator=torch.Generator().manual_seed(4))
 LOSSES = {
     "masked LM": ("BertForMaskedLM", {"labels": LABELS.masked_fill(RIGHT == 0, -100)}),
-    "masked LM, few labels": (
+    "masked LM, few labels, no logits": (
         "BertForMaskedLM",
         {"labels": LABELS.masked_fill((RIGHT == 0) | (LABELS > 30), -100)},
     ),
     "masked LM, labels at padding": ("BertForMaskedLM", {"labels": LABELS}),
+    "masked LM, labels at padding, no logits": ("BertForMaskedLM", {"labels": LABELS}),
     "tokens": (
         "BertForTokenClassification",
         {"labels": (LABELS % 2).masked_fill(RIGHT == 0, -100)},
@@ -171,12 +172,15 @@ LOSSES = {
         },
     ),
     "classes": ("BertForSequenceClassification", {"labels": torch.tensor([0, 1, 1, 0])}),
-    "pre-training": (
-        "BertForPreTraining",
-        {
-            "labels": LABELS.masked_fill(RIGHT == 0, -100),
-            "next_sentence_label": torch.tensor([0, 1, 1, 0]),
-        },
+    **dict.fromkeys(
+        ("pre-training", "pre-training, no logits"),
+        (
+            "BertForPreTraining",
+            {
+                "labels": LABELS.masked_fill(RIGHT == 0, -100),
+                "next_sentence_label": torch.tensor([0, 1, 1, 0]),
+            },
+        ),
     ),
     "next sentence": ("BertForNextSentencePrediction", {"labels": torch.tensor([0, 1, 1, 0])}),
     "multiple choice": ("BertForMultipleChoice", {"labels": torch.tensor([0, 1])}),
@@ -202,7 +206,9 @@ def test_loss_and_gradients_match_transformers(name, mode, device, each_backend)
     training, dtype = MODES[mode]
     theirs, ours = (m.train(training).to(dtype) for m in pair(head, device, **NO_DROPOUT))
     inputs = inputs_for(head, RIGHT, device) | {k: v.to(device) for k, v in labels.items()}
-    ours(**inputs).loss.backward()
+    ours_too = {"skip_logits": True} if name.endswith("no logits") else {}
+    loss = ours(**inputs, **ours_too).loss
+    loss.backward()
     # transformers' default attention: in 16 bits either may be several times the other's error.
     other = copy.deepcopy(theirs)
     other.set_attn_implementation("sdpa")
@@ -228,7 +234,7 @@ def test_loss_and_gradients_match_transformers(name, mode, device, each_backend)
 
         return run
 
-    actual = [ours(**inputs).loss.detach(), together([p.grad for p in ours.parameters()])]
+    actual = [loss.detach(), together([p.grad for p in ours.parameters()])]
     specification, more = results(eager), results(sdpa)
     assert_matches([t.to(dtype) for t in actual], specification, parameters, name, others=[more])
 

@@ -14,6 +14,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LABELS = torch.randint(0, 99, (4, 9), generator=torch.Generator().manual_seed(4))
 LABELS = LABELS.masked_fill((RIGHT == 0) | (LABELS > 40), -100)
 NEXT = torch.tensor([0, 1, 1, 0])
+HEADS = {"BertForMaskedLM": "logits", "BertForPreTraining": "prediction_logits"}
 
 
 def masked_lm(device, head="BertForMaskedLM", **changes):
@@ -36,8 +37,9 @@ def close(actual: dict, expected: dict) -> None:
         torch.testing.assert_close(actual[name], g, atol=2e-5 * g.abs().max().item() + 1e-6, rtol=0)
 
 
-def test_the_head_sees_labelled_tokens_only(device, each_backend, monkeypatch):
-    _, ours, inputs = masked_lm(device)
+@pytest.mark.parametrize("head", HEADS)
+def test_without_logits_the_head_sees_labelled_tokens_only(head, device, each_backend, monkeypatch):
+    theirs, ours, inputs = masked_lm(device, head)
     rows = []
     real = fastbert.families.bert_heads.summed_cross_entropy
     monkeypatch.setattr(
@@ -45,52 +47,81 @@ def test_the_head_sees_labelled_tokens_only(device, each_backend, monkeypatch):
         "summed_cross_entropy",
         lambda x, *rest: (rows.append(x.shape[0]), real(x, *rest))[1],
     )
-    ours(**inputs).loss.backward()
+    expected = theirs(**inputs)
+    output = ours(**inputs, skip_logits=True)
     assert rows == [int((LABELS != -100).sum())]
-    ours.eval()(**inputs)
-    with torch.no_grad():
-        ours.train()(**inputs)
-    assert len(rows) == 1  # outside training the whole head runs
+    assert list(output) == [k for k in expected if k != HEADS[head]]
+    assert output.get(HEADS[head]) is None
+    close(gradients(ours, output.loss), gradients(theirs, expected.loss))
+    with torch.no_grad():  # in evaluation too, if the call says so
+        torch.testing.assert_close(ours.eval()(**inputs, skip_logits=True).loss, output.loss)
+    assert len(rows) == 2
+    assert HEADS[head] in ours.train()(**inputs)
+    assert HEADS[head] in ours(**inputs, skip_logits=False)
+    assert len(rows) == 2  # without it the whole head runs
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
-def test_logits_of_training_are_there_for_who_reads_them(head, device, each_backend):
+@pytest.mark.usefixtures("on_torch")
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_can_leave_its_logits_out(head, tmp_path):
+    """In training with labels; a call may say otherwise, `undo` takes it back."""
+    theirs, _, inputs = masked_lm("cpu", head)
+    theirs.save_pretrained(tmp_path)
+    made = getattr(fastbert, head)
+    handle = fastbert.accelerate(theirs, skip_logits=True)
+    for model in (theirs, made(theirs.config, skip_logits=True).train(),
+                  made.from_pretrained(tmp_path, skip_logits=True).train()):  # fmt: skip
+        assert HEADS[head] not in model(**inputs)
+        assert HEADS[head] in model(**inputs, skip_logits=False)
+        assert HEADS[head] in model(input_ids=inputs["input_ids"])
+        assert HEADS[head] in model.eval()(**inputs)
+        assert HEADS[head] not in copy.deepcopy(model).train()(**inputs)
+    assert not hasattr(handle.undo(), "skip_logits")
+    assert HEADS[head] in theirs.train()(**inputs)
+    assert made.from_pretrained(tmp_path).skip_logits is False
+
+
+@pytest.mark.usefixtures("on_torch")
+def test_logits_that_cannot_be_left_out():
+    theirs, ours, inputs = masked_lm("cpu")
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="expected labels with skip_logits=True"):
+        ours(**inputs, skip_logits=True)
+    classifier, encoder = pair("BertForSequenceClassification")
+    with pytest.raises(ValueError, match="got a BertForSequenceClassification, which has no"):
+        fastbert.accelerate(classifier, skip_logits=True)
+    assert type(classifier) is type(pair("BertForSequenceClassification")[0])  # as it was
+    with pytest.raises(ValueError, match="skip_logits"):
+        fastbert.BertModel(theirs.config, skip_logits=True)
+    with pytest.raises(TypeError, match="skip_logits"):
+        encoder(**inputs, skip_logits=True)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_of_training_are_transformers_own(head, device, each_backend):
     theirs, ours, inputs = masked_lm(device, head)
-    field = "logits" if head == "BertForMaskedLM" else "prediction_logits"
+    field = HEADS[head]
     expected, actual = theirs(**inputs), ours(**inputs)
     real = RIGHT.bool().to(device)
     torch.testing.assert_close(
         getattr(actual, field)[real], getattr(expected, field)[real], atol=1e-4, rtol=1e-4
     )
-    assert list(actual) == list(expected)
+    assert type(actual) is type(expected) and list(actual) == list(expected)
     assert [t.shape for t in actual.to_tuple()] == [t.shape for t in expected.to_tuple()]
-    fresh = ours(**inputs)
-    assert fresh[field].shape == fresh[1].shape == expected[field].shape
     as_tuple = ours(**inputs, return_dict=False)
     assert [t.shape for t in as_tuple] == [t.shape for t in expected.to_tuple()]
-    # A loss of one's own on the logits beside the model's.
+    # A loss of one's own on the logits beside the model's, which somebody looked at before.
     grads = []
     for model in (theirs, ours):
         output = model(**inputs)
+        with torch.no_grad():
+            assert output[field].argmax(-1).shape == (4, 9)
         extra = getattr(output, field)[real].pow(2).mean()
         grads.append(gradients(model, output.loss + extra))
     close(grads[1], grads[0])
 
 
-def test_logits_that_would_be_another_models_are_refused(device, each_backend):
-    _, ours, inputs = masked_lm(device)
-    output = ours(**inputs)
-    output.loss.backward()
-    assert output.logits is not None
-    output = ours(**inputs)
-    output.loss.backward()
-    torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="before optimizer"):
-        output.logits  # noqa: B018
-    assert output.loss.isfinite()
-
-
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("head", HEADS)
 def test_accumulated_batches_give_the_gradient_of_the_whole(head, device, each_backend):
     """``num_items_in_batch``, as Trainer passes it."""
     _, ours, inputs = masked_lm(device, head)
@@ -99,9 +130,9 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(head, device, each_b
         inputs["labels"][:, 0] = 7
     whole = gradients(ours, ours(**inputs).loss)
     num_items = (inputs["labels"] != -100).sum()
-    for count in (num_items, int(num_items)):
+    for count, skip in ((num_items, False), (int(num_items), False), (num_items, True)):
         parts = [{k: v[i : i + 2] for k, v in inputs.items()} for i in (0, 2)]
-        loss = sum(ours(**part, num_items_in_batch=count).loss for part in parts)
+        loss = sum(ours(**part, num_items_in_batch=count, skip_logits=skip).loss for part in parts)
         close(gradients(ours, loss), whole)
     evaluated = ours.eval()(**inputs, num_items_in_batch=2 * num_items).loss
     if head == "BertForMaskedLM":
@@ -112,9 +143,10 @@ def test_no_label_at_all(device, each_backend):
     """A batch in which nothing was masked: the loss is 0 and moves nothing, in every mode."""
     _, ours, inputs = masked_lm(device)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    loss = ours(**inputs).loss
-    assert loss == 0.0
-    assert not any(g.any() for g in gradients(ours, loss).values())
+    for skip in (False, True):
+        loss = ours(**inputs, skip_logits=skip).loss
+        assert loss == 0.0
+        assert not any(g.any() for g in gradients(ours, loss).values())
     assert ours.eval()(**inputs).loss == 0.0
 
 
@@ -122,7 +154,7 @@ def test_a_label_outside_the_vocabulary_is_named(device, each_backend):
     _, ours, inputs = masked_lm(device)
     inputs["labels"][0, 0] = 99
     with pytest.raises(ValueError, match="from 0 to 98, or -100"):
-        ours(**inputs)
+        ours(**inputs, skip_logits=True)
 
 
 def test_tied_and_untied_decoders(device, each_backend):
@@ -130,8 +162,9 @@ def test_tied_and_untied_decoders(device, each_backend):
         theirs, ours, inputs = masked_lm(device, tie_word_embeddings=tie)
         table = ours.bert.embeddings.word_embeddings.weight
         assert (ours.cls.predictions.decoder.weight is table) == tie
-        grads = [gradients(m, m(**inputs).loss) for m in (theirs, ours)]
-        close(grads[1], grads[0])
+        expected = gradients(theirs, theirs(**inputs).loss)
+        for skip in (False, True):
+            close(gradients(ours, ours(**inputs, skip_logits=skip).loss), expected)
 
 
 def test_another_head_keeps_running_as_it_is(device, each_backend):
@@ -146,14 +179,16 @@ def test_another_head_keeps_running_as_it_is(device, each_backend):
     odd = copy.deepcopy(ours)
     decoder = odd.cls.predictions.decoder
     decoder.__class__ = Doubled
-    output = odd(**inputs)
+    output = odd(**inputs, skip_logits=True)
+    assert output.logits is None
     doubled = F.cross_entropy(
         theirs(**inputs).logits.flatten(0, 1) * 2.0, inputs["labels"].flatten()
     )
     torch.testing.assert_close(output.loss, doubled, atol=1e-4, rtol=1e-4)
     seen = []
     ours.cls.predictions.transform.register_forward_hook(lambda *args: seen.append(args[2].shape))
-    torch.testing.assert_close(ours(**inputs).loss, expected, atol=1e-4, rtol=1e-4)
+    loss = ours(**inputs, skip_logits=True).loss
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     assert seen == [(4, 9, 32)] or seen == [(21, 32)]
 
 

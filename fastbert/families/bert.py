@@ -194,6 +194,11 @@ class BertModel(DropIn, hf.BertModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPoolingAndCrossAttentions:
         as_rows = kwargs.pop("fastbert_rows", False)
         keep_padding = kwargs.pop("fastbert_keep_padding", False)
+        if kwargs.pop("skip_logits", None):
+            raise TypeError(
+                "skip_logits: expected a call of a masked-LM head, got one of a model without "
+                "logits over the vocabulary"
+            )
         config = self.config
         want_hidden = kwargs.get("output_hidden_states")
         want_hidden = config.output_hidden_states if want_hidden is None else want_hidden

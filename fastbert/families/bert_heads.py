@@ -1,7 +1,7 @@
 """BERT's heads as drop-in classes.
 
 Where a parent's forward does the right thing with padded hidden states it stays as it is. The
-masked-LM head of training is another one: only labelled tokens go through it (`_LabelledTokens`).
+masked-LM head runs on real tokens, and with ``skip_logits`` on labelled ones (`_LabelledTokens`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entrop
 from ..packing import PackedBatch, PaddedBatch
 from . import modules
 from .bert import BertModel
-from .deferred import DeferredMaskedLMOutput, DeferredPreTrainingOutput
 from .drop_in import DropIn, twin
 
 __all__ = [
@@ -72,9 +71,27 @@ def _labels_on_padding(labels: Tensor | None, attention_mask: Tensor | None) -> 
     return bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any())
 
 
+def _skips_logits(model: DropIn, asked: bool | None, has_labels: bool) -> bool:
+    """Whether this call returns no logits: as the call says, else as the model does in training.
+
+    Raises:
+        ValueError: the call asks for it and has no labels.
+    """
+    if asked is None:
+        return model.skip_logits and model.training and has_labels
+    if asked and not has_labels:
+        raise ValueError(
+            f"{type(model).__name__}: expected labels with skip_logits=True, got none; without "
+            "logits and without a loss there is nothing to return"
+        )
+    return asked
+
+
 @twin
 class BertForPreTraining(DropIn, hf.BertForPreTraining):
     """``transformers.BertForPreTraining``; the masked-LM head is that of `BertForMaskedLM`."""
+
+    _can_skip_logits = True
 
     @can_return_tuple
     def forward(
@@ -86,13 +103,15 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | hf.BertForPreTrainingOutput:
         num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         labels = _by_token(labels, input_ids, inputs_embeds)
         wants_loss = labels is not None and next_sentence_label is not None
-        chosen = _LabelledTokens.of(self, labels) if wants_loss else None
+        skip = _skips_logits(self, skip_logits, wants_loss)
+        chosen = _LabelledTokens.of(self, labels) if skip else None
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
         rows, pooled = outputs[:2]
         if chosen is None:
@@ -109,16 +128,12 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
             if num_items is not None:  # this batch's share of the batches of a step
                 next_sentence = next_sentence * (count / at_least_one(num_items))
             loss = loss + next_sentence
-        rest = {
-            "seq_relationship_logits": relation,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        if chosen is None:
-            logits = _padded(scores, batch)
-            return hf.BertForPreTrainingOutput(loss=loss, prediction_logits=logits, **rest)
-        return DeferredPreTrainingOutput(loss=loss, **rest).defer(
-            lambda: _padded(self.cls.predictions(rows), batch), chosen.decoder.weight
+        return hf.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=None if skip else _padded(scores, batch),
+            seq_relationship_logits=relation,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -126,10 +141,13 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
 class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
     """``transformers.BertForMaskedLM``; its head runs on real tokens, other logits are 0.
 
-    In training with labels it runs on labelled tokens, and ``logits`` are computed when they are
-    read. ``num_items_in_batch``, which `transformers.Trainer` passes, divides the loss; without a
-    single label the loss is 0.
+    With ``skip_logits=True``, given to a call with labels or for the model's training
+    (`fastbert.accelerate`), it runs on labelled tokens only and ``logits`` are None.
+    ``num_items_in_batch``, which `transformers.Trainer` passes, divides the loss; without a single
+    label the loss is 0.
     """
+
+    _can_skip_logits = True
 
     @can_return_tuple
     def forward(
@@ -142,6 +160,7 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MaskedLMOutput:
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -149,16 +168,23 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         kwargs["encoder_hidden_states"] = encoder_hidden_states
         kwargs["encoder_attention_mask"] = encoder_attention_mask
         labels = _by_token(labels, input_ids, inputs_embeds)
-        chosen = _LabelledTokens.of(self, labels)
+        skip = _skips_logits(self, skip_logits, labels is not None)
+        chosen = _LabelledTokens.of(self, labels) if skip else None
         outputs, batch = _encode_rows(self, inputs, labels, kwargs)
         rows = outputs[0]
-        rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        if chosen is None:
+        loss = None
+        if chosen is not None:
+            loss = chosen.loss(rows, batch, num_items)
+        else:
             scores = self.cls(rows)
-            loss = None if labels is None else _token_loss(scores, batch, labels, num_items)[0]
-            return MaskedLMOutput(loss=loss, logits=_padded(scores, batch), **rest)
-        output = DeferredMaskedLMOutput(loss=chosen.loss(rows, batch, num_items), **rest)
-        return output.defer(lambda: _padded(self.cls(rows), batch), chosen.decoder.weight)
+            if labels is not None:
+                loss = _token_loss(scores, batch, labels, num_items)[0]
+        return MaskedLMOutput(
+            loss=loss,
+            logits=None if skip else _padded(scores, batch),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 @twin
@@ -293,7 +319,7 @@ def _padded(scores: Tensor, batch: PackedBatch | PaddedBatch | None) -> Tensor:
 
 
 class _LabelledTokens:
-    """The masked-LM loss of training: the head and the decoder see labelled tokens alone.
+    """The masked-LM loss without logits: the head and the decoder see labelled tokens alone.
 
     Attributes:
         count: how many there are.
@@ -305,17 +331,15 @@ class _LabelledTokens:
         self.count, self.decoder = labels.shape[0], head.decoder
 
     @classmethod
-    def of(cls, model: nn.Module, labels: Tensor | None) -> _LabelledTokens | None:
+    def of(cls, model: nn.Module, labels: Tensor) -> _LabelledTokens | None:
         """What has a label, before anything is computed; None where the whole head has to run.
 
-        That is outside training, under a compiler, and where the head is not transformers' own or
-        someone watches a part of it.
+        That is under a compiler, where shapes may not depend on labels, and where the head is not
+        transformers' own or someone watches a part of it.
 
         Raises:
             ValueError: a label outside the vocabulary.
         """
-        if labels is None or not model.training or not torch.is_grad_enabled():
-            return None
         if torch.compiler.is_compiling() or type(model.cls) not in (
             hf.BertOnlyMLMHead,
             hf.BertPreTrainingHeads,

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-__all__ = ["DropIn", "check_config", "to_twins", "twin"]
+__all__ = ["DropIn", "check_config", "set_options", "to_twins", "twin"]
 
 # transformers' class -> the class that replaces it; families fill it with `twin`.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -37,22 +37,55 @@ def to_twins(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
 
 
 class DropIn:
-    """A transformers model that runs packed; comes first among the bases."""
+    """A transformers model that runs packed; comes first among the bases.
 
-    def __init__(self, config, *args, **kwargs):
+    Attributes:
+        skip_logits: whether training with labels computes the logits of labelled tokens only and
+            returns None in their place; `set_options` sets it.
+    """
+
+    skip_logits = False
+    _can_skip_logits = False  # whether there are logits over the vocabulary
+
+    def __init__(self, config, *args, skip_logits: bool = False, **kwargs):
         check_config(config)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
+        set_options(self, skip_logits=skip_logits)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """transformers' ``from_pretrained``; pickled weights load only with
         ``use_safetensors=False``.
 
-        A pickle can run code when it is opened, so asking for it is left to the caller.
+        A pickle can run code when it is opened, so asking for it is left to the caller. Beside
+        transformers' arguments it takes the options of `fastbert.accelerate` (``skip_logits``).
         """
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def set_options(model: nn.Module, *, skip_logits: bool) -> list[DropIn]:
+    """Set what drop-in models inside ``model``, itself included, do otherwise than by default.
+
+    Returns:
+        The modules that were set.
+
+    Raises:
+        ValueError: an option that none of them has.
+    """
+    if not skip_logits:
+        return []
+    able = [m for m in model.modules() if isinstance(m, DropIn) and m._can_skip_logits]
+    if not able:
+        raise ValueError(
+            "skip_logits: expected a model with a masked-LM head (BertForMaskedLM, "
+            f"BertForPreTraining), got a {type(model).__name__}, which has no logits over the "
+            "vocabulary to leave out"
+        )
+    for module in able:
+        module.skip_logits = True
+    return able
 
 
 def check_config(config) -> None:
