@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
-from .families.bert import obstacle
+from .families.bert_obstacle import obstacle
 from .families.drop_in import DropIn, check_config, set_options, to_twins
 from .models import BertModel
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +22,6 @@ __all__ = [
     "Norm",
     "Projection",
     "Stacked",
-    "attention_weights",
     "encode_layer",
 ]
 
@@ -68,6 +66,7 @@ class LayerWeights(NamedTuple):
         head_size: size of an attention head; how many there are follows from the projection.
         scale: factor for the scores.
         attention_dropout, hidden_dropout, output_dropout: probabilities, 0 outside training.
+        unfused: attention in torch runs as operations that have second derivatives.
     """
 
     qkv: Linear | Stacked | tuple[Projection, Projection, Projection]
@@ -82,20 +81,28 @@ class LayerWeights(NamedTuple):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
+    unfused: bool = False
 
 
-def encode_layer(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> Tensor:
+def encode_layer(
+    hidden: Tensor,
+    batch: PackedBatch | PaddedBatch,
+    weights: LayerWeights,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
     """One encoder layer of BERT (Devlin et al., 1810.04805), post-norm.
 
     Args:
         hidden: ``[T, E]`` packed rows.
         batch: where the sequences are.
         weights: the layer.
+        attentions: if given, the attention weights ``[B, H, S, S]`` are appended; where gradients
+            are wanted or weights are dropped, the result is made from them.
 
     Returns:
         ``[T, E]``.
     """
-    context = _attend(hidden, batch, weights)
+    context = _attend(hidden, batch, weights, attentions)
     hidden = _add_norm(
         context, weights.attention_output, hidden, weights.attention_norm, weights.hidden_dropout
     )
@@ -112,28 +119,6 @@ def encode_layer(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: Laye
         )  # fmt: skip
     inner = _project(hidden, first, weights.activation)
     return _add_norm(inner, second, hidden, norm, weights.output_dropout)
-
-
-def attention_weights(
-    hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights
-) -> Tensor:
-    """The attention probabilities of a layer, ``[B, H, S, S]``, zeros where a query or key is
-    padding.
-
-    `encode_layer` never builds them; this is for callers who ask to see them.
-    """
-    q, k, _ = (batch.unpack(t).transpose(1, 2) for t in _project_heads(hidden, weights))
-    if isinstance(batch, PackedBatch):
-        real = batch.unpack(torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device))
-        mask = real[:, None, :, None] & real[:, None, None, :]
-    else:
-        mask = batch.bias
-        if batch.key_mask is not None:
-            keep = batch.key_mask[:, None, None, :]
-            mask = keep if mask is None else mask.masked_fill(~keep, float("-inf"))
-    scores = q @ k.transpose(-1, -2)
-    probabilities = ops.softmax(scores, mask=mask, scale=weights.scale)
-    return F.dropout(probabilities, weights.attention_dropout)
 
 
 def _project_together(hidden: Tensor, weights: LayerWeights) -> Tensor | None:
@@ -160,16 +145,32 @@ def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def _attend(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> Tensor:
+def _attend(
+    hidden: Tensor,
+    batch: PackedBatch | PaddedBatch,
+    weights: LayerWeights,
+    attentions: list[Tensor] | None,
+) -> Tensor:
     """The context of every token, ``[T, E]`` -> ``[T, E]``."""
     options = {"scale": weights.scale, "dropout_p": weights.attention_dropout}
-    if isinstance(batch, PackedBatch):
+    unfused = {"unfused": weights.unfused}
+    packed = isinstance(batch, PackedBatch)
+    if packed and attentions is None:
         qkv = _project_together(hidden, weights)
         if qkv is not None:
-            return ops.attention_qkv(qkv, batch, **options).flatten(1)
-        return ops.attention_varlen(*_project_heads(hidden, weights), batch, **options).flatten(1)
-    q, k, v = (batch.view(t).transpose(1, 2) for t in _project_heads(hidden, weights))
-    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options)
+            return ops.attention_qkv(qkv, batch, **options, **unfused).flatten(1)
+    q, k, v = _project_heads(hidden, weights)
+    if attentions is not None:
+        shown = ops.attention_weights(q, k, batch, **options)
+        attentions.append(shown)
+        if shown.requires_grad or weights.attention_dropout:
+            values = (batch.unpack if packed else batch.view)(v).transpose(1, 2)
+            context = shown.to(v.dtype) @ values
+            return batch.pack(context.transpose(1, 2)).flatten(1)
+    if packed:
+        return ops.attention_varlen(q, k, v, batch, **options, **unfused).flatten(1)
+    q, k, v = (batch.view(t).transpose(1, 2) for t in (q, k, v))
+    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options, **unfused)
     return context.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

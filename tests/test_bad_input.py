@@ -24,10 +24,10 @@ BAD = {
     "position out of range": ({"position_ids": RIGHT + 39}, ValueError, "from 0 to 39"),
     "types of another shape": ({"token_type_ids": RIGHT[:, :5]}, ValueError, "token_type_ids"),
     "types of half the batch": (
-        {"token_type_ids": RIGHT[:2]}, ValueError, r"token_type_ids \(4, 9\), got \(2, 9\)"
+        {"token_type_ids": RIGHT[:2]}, RuntimeError, r"token_type_ids \(4, 9\), got \(2, 9\)"
     ),
     "positions of half the batch": (
-        {"position_ids": RIGHT[:2]}, ValueError, r"position_ids \(4, 9\), got \(2, 9\)"
+        {"position_ids": RIGHT[:2]}, RuntimeError, r"position_ids \(4, 9\), got \(2, 9\)"
     ),
     "floating ids": ({"input_ids": INPUTS["input_ids"].float()}, TypeError, "int32 or int64"),
     "one dimension": ({"input_ids": torch.arange(9)}, ValueError, r"\[batch, length\]"),

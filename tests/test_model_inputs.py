@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny import INPUTS, assert_as_good, pair
 
-from fastbert.families.bert import obstacle
+from fastbert.families.bert_obstacle import obstacle
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 
 
 @pytest.fixture(autouse=True)
 def _inference(monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert._said", set())
+    monkeypatch.setattr("fastbert.families.bert_obstacle._said", set())
     with torch.no_grad():
         yield
 
@@ -96,16 +96,20 @@ def test_positions_that_are_all_zero_are_no_packing(caplog):
     assert not caplog.records
 
 
-def test_packing_guessed_from_positions_is_said_once_with_the_way_out(caplog, monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert_inputs._said_packed", False)
+def test_positions_that_restart_are_packing_where_transformers_takes_them_so(caplog):
+    """Its flash attention does, eager and sdpa take one sequence; each is said once."""
     theirs, ours = pair("BertModel")
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     inputs = {"input_ids": INPUTS["input_ids"][:1], "position_ids": positions}
+    assert_as_good(theirs, ours(**inputs)[0], inputs)
+    ours.config._attn_implementation = "flash_attention_2"
     apart = ours(**inputs)[0]
     ours(**inputs)
-    (record,) = caplog.records
-    assert "restart for 2 packed sequences" in record.message
-    assert "attention_mask of ones" in record.message
+    one, packed = (record.message for record in caplog.records)
+    assert "2 runs of position_ids" in one and "cu_seq_lens_q" in one
+    assert "restart for 2 packed sequences" in packed and "attention_mask of ones" in packed
+    alone = ours(input_ids=INPUTS["input_ids"][:1, :4])[0]
+    torch.testing.assert_close(apart[:, :4], alone)
     inputs["attention_mask"] = torch.ones(1, 9).long()
     assert_as_good(theirs, ours(**inputs)[0], inputs)
     with pytest.raises(AssertionError, match="over the budget"):

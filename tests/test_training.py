@@ -255,11 +255,103 @@ def test_autocast_matches_transformers(dtype, device, each_backend):
     assert_within_budget(got.to(dtype), oracle, baseline, f"gradients under autocast to {dtype}")
 
 
-def test_gradients_of_gradients_are_refused(device, each_backend):
-    """A penalty on gradients is never silently left out: kernels have no second order, and torch's
-    attention on a CPU neither."""
-    _, ours, inputs = masked_lm(device)
-    weight = ours.bert.encoder.layer[0].output.dense.weight
-    with pytest.raises(RuntimeError, match=r"first-order|not implemented"):
-        (grad,) = torch.autograd.grad(ours(**inputs).loss, weight, create_graph=True)
-        grad.pow(2).sum().backward()
+def test_gradients_of_gradients(device, each_backend):
+    """As transformers gives them with eager attention; never left out in silence elsewhere: kernels
+    have no second order, and torch's attention on a CPU neither."""
+    theirs, ours, inputs = masked_lm(device)
+    if each_backend == "torch":
+        ours.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"backend\('torch'\).*eager|not implemented"):
+        second_order(ours, inputs)
+    ours.set_attn_implementation("eager")  # what the message says
+    with fastbert.backend("torch"):
+        close(second_order(ours.double(), inputs), second_order(theirs.double(), inputs))
+
+
+def second_order(model, inputs) -> dict[str, torch.Tensor]:
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    (grad,) = torch.autograd.grad(model(**inputs).loss, weight, create_graph=True)
+    return gradients(model, grad.pow(2).sum())
+
+
+# What a call returns lies on the way to its result
+
+
+HIDDEN = {"output_hidden_states": True}
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1)], ids=["whole", "right", "left"])
+@pytest.mark.parametrize("checkpoint", [None, False, True])
+def test_hidden_states_have_the_gradients_of_transformers(mask, checkpoint, device, each_backend):
+    head = "BertForSequenceClassification"
+    grads = []
+    for model in pair(head, device, **NO_DROPOUT):
+        inputs = inputs_for(head, mask, device)
+        if checkpoint is not None:
+            model.train()
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": checkpoint})
+            model.enable_input_require_grads()
+        states = model(**inputs, **HIDDEN)
+        for hidden in states.hidden_states:
+            hidden.retain_grad()
+        states.logits[:, 0].sum().backward()
+        real = slice(None) if mask is None else mask.bool().to(device)
+        grads.append([hidden.grad[real] for hidden in states.hidden_states])
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, atol=1e-4 * scale, rtol=0)
+
+
+def test_what_an_encoder_returns_is_what_its_pooler_reads(device, each_backend):
+    for flags in ({}, HIDDEN, {"output_attentions": True}):
+        for mask in (None, RIGHT):
+            grads = []
+            for model in pair("BertModel", device, **NO_DROPOUT):
+                output = model(**inputs_for("BertModel", mask, device), **flags)
+                output.last_hidden_state.retain_grad()
+                output.pooler_output.sum().backward()
+                grads.append(output.last_hidden_state.grad)
+            torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-4)
+
+
+def test_attentions_have_the_gradients_of_transformers(device, each_backend):
+    """As methods that explain a prediction by its attention need them."""
+    grads = []
+    for model in pair("BertForSequenceClassification", device, **NO_DROPOUT):
+        inputs = inputs_for("BertForSequenceClassification", RIGHT, device)
+        output = model(**inputs, output_attentions=True)
+        grads.append(torch.autograd.grad(output.logits[:, 0].sum(), output.attentions))
+    real = RIGHT.bool().to(device)
+    pairs = (real[:, None, :, None] & real[:, None, None, :]).expand_as(grads[0][0])
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(actual[pairs], expected[pairs], atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1)], ids=["whole", "right", "left"])
+def test_asking_for_more_does_not_change_a_seeded_step(mask, device, each_backend):
+    _, ours = pair(
+        "BertForMaskedLM", device, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3
+    )
+    inputs = {**inputs_for("BertForMaskedLM", mask, device), "labels": LABELS.to(device)}
+    grads = []
+    for flags in ({}, {"output_attentions": True}, HIDDEN):
+        torch.manual_seed(3)
+        grads.append(gradients(ours.train(), ours(**inputs, **flags).loss))
+    close(grads[1], grads[0])
+    close(grads[2], grads[0])
+
+
+def test_attentions_of_packed_sequences_are_apart(device, each_backend):
+    _, ours = pair("BertModel", device, attention_probs_dropout_prob=0.3)
+    ids = inputs_for("BertModel", None, device)["input_ids"].flatten()[:12][None]
+    ends = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
+    for training in (False, True):
+        torch.manual_seed(3)
+        output = ours.train(training)(ids, cu_seq_lens_q=ends, output_attentions=True)
+        for shown in output.attentions:
+            assert not shown[..., :5, 5:].any() and not shown[..., 5:, :5].any()
+            assert shown[..., :5, :5].any() and shown[..., 5:, 5:].any()
+        torch.manual_seed(3)
+        torch.testing.assert_close(ours(ids, cu_seq_lens_q=ends)[0], output[0])

@@ -9,7 +9,8 @@ on packed rows. Any other call goes to transformers' code, unchanged.
 
 from __future__ import annotations
 
-import logging
+import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,23 +24,55 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _active_collector
 
-from ..encoder import LayerWeights, attention_weights, encode_layer
+from ..encoder import LayerWeights, encode_layer
 from ..packing import PackedBatch, PaddedBatch
-from . import modules
+from . import known, modules
 from .bert_inputs import check_inputs, embed_rows, make_batch
+from .bert_obstacle import call_obstacle, look, obstacle, say_once
 from .drop_in import DropIn, twin
 
-__all__ = ["BertLayer", "BertModel", "obstacle"]
+__all__ = ["BertLayer", "BertModel", "requesting"]
 
-_log = logging.getLogger("fastbert")
-_said: set[str] = set()
-_ATTENTION_LIBRARY = ("eager", "sdpa", "flex_attention", "flash_attention")
+
+class _Request(threading.local):
+    """What a head asks of its encoder's next call, beside the arguments that everybody sees.
+
+    Attributes:
+        of: the encoder that is asked; None for any that the call reaches.
+        rows: give packed rows as the hidden state, and the batch as ``output.batch``.
+        keep_padding: compute hidden states at padding, as transformers does.
+    """
+
+    of: hf.BertModel | None = None
+    rows: bool = False
+    keep_padding: bool = False
+
+
+_request = _Request()
+
+
+@contextmanager
+def requesting(encoder: nn.Module, *, rows: bool = False, keep_padding: bool = False):
+    """Ask something of an encoder for the calls in this block.
+
+    An encoder that is wrapped, or whose forward was replaced, is not asked for rows: whoever stands
+    between sees what transformers would give.
+    """
+    known_one = known.untouched(encoder, BertModel)
+    before = _request.of, _request.rows, _request.keep_padding
+    _request.of = encoder if known_one else None
+    _request.rows, _request.keep_padding = rows and known_one, keep_padding
+    try:
+        yield
+    finally:
+        _request.of, _request.rows, _request.keep_padding = before
 
 
 class _Call(NamedTuple):
     """What one packed forward pass hands to every layer."""
 
     batch: PackedBatch | PaddedBatch
+    keep_padding: bool
     hidden_states: list[Tensor] | None
     attentions: list[Tensor] | None
 
@@ -47,10 +80,57 @@ class _Call(NamedTuple):
         """For models that are spread over several devices: accelerate's hooks call it."""
         return self._replace(batch=self.batch.to(device, non_blocking=non_blocking))
 
+    def padded(self, rows: Tensor) -> Tensor:
+        """``[T, ...]`` -> ``[B, S, ...]``, as the caller gets it."""
+        if self.keep_padding and isinstance(self.batch, PaddedBatch):
+            return self.batch.view(rows)
+        return self.batch.unpack(rows)
+
+    def show(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states as the caller gets them, and the rows to go on with, which are made from
+        them where a gradient is wanted."""
+        shown = self.padded(rows)
+        return shown, self._resume(shown, rows)
+
+    def _resume(self, shown: Tensor, rows: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and rows.requires_grad):
+            return rows
+        again = self.batch.pack(shown)
+        mask = None if isinstance(self.batch, PackedBatch) else self.batch.key_mask
+        if mask is not None and not self.keep_padding:  # go on with what padding has
+            again = torch.where(mask.flatten()[:, None], again, rows)
+        return again
+
+    def first(self, shown: Tensor | None, rows: Tensor) -> Tensor:
+        """``[B, 1, E]``, all that BERT's pooler reads; made from what is shown, as in `show`."""
+        if shown is not None:
+            if isinstance(self.batch, PackedBatch) and self.batch.indices is not None:
+                return shown[:, :1]
+            rows = self._resume(shown, rows)
+        return self.batch.first_rows(rows)[:, None]
+
+    def whole(self, shown: Tensor | None, rows: Tensor) -> Tensor:
+        """``[B, S, E]`` with whatever padding has, for a pooler of another kind."""
+        rows = rows if shown is None else self._resume(shown, rows)
+        return (
+            self.batch.view(rows)
+            if isinstance(self.batch, PaddedBatch)
+            else (self.batch.unpack(rows))
+        )
+
 
 @twin
 class BertLayer(hf.BertLayer):
     """transformers' layer, which also takes packed rows ``[T, E]`` with a `_Call` as its mask."""
+
+    def __call__(self, *args, **kwargs):
+        # Outside of forward, which activation checkpointing may run without a graph.
+        output = super().__call__(*args, **kwargs)
+        call = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if isinstance(call, _Call) and call.hidden_states is not None:
+            shown, output = call.show(output)
+            call.hidden_states.append(shown)
+        return output
 
     def forward(
         self,
@@ -70,13 +150,8 @@ class BertLayer(hf.BertLayer):
                 past_key_values,
                 **kwargs,
             )
-        call, weights = attention_mask, _layer_weights(self)
-        if call.attentions is not None:
-            call.attentions.append(attention_weights(hidden_states, call.batch, weights))
-        hidden_states = encode_layer(hidden_states, call.batch, weights)
-        if call.hidden_states is not None:
-            call.hidden_states.append(hidden_states)
-        return hidden_states
+        call = attention_mask
+        return encode_layer(hidden_states, call.batch, _layer_weights(self), call.attentions)
 
 
 def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
@@ -93,82 +168,11 @@ def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
         output_norm=modules.norm(output.LayerNorm),
         head_size=heads.attention_head_size,
         scale=heads.scaling,
+        unfused=heads.config._attn_implementation == "eager",
         attention_dropout=modules.dropout_p(heads.dropout) or 0.0,
         hidden_dropout=modules.dropout_p(mixed.dropout) or 0.0,
         output_dropout=modules.dropout_p(output.dropout) or 0.0,
     )
-
-
-def _layer_obstacle(layer: nn.Module) -> str | None:
-    """Why this layer cannot take packed rows, or None. Runs before every call: it must be quick."""
-    if not isinstance(layer, BertLayer):
-        return f"a layer is a {type(layer).__name__}, not a BertLayer"
-    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):  # accelerate's is known
-        return "the forward of a layer was replaced"
-    if layer.chunk_size_feed_forward:
-        return "config.chunk_size_feed_forward is set"
-    if modules.has_user_hooks(layer):
-        return "a layer has a hook"
-    attention = layer.attention
-    heads = attention.self
-    for owner, cls in (
-        (attention, hf.BertAttention),
-        (heads, hf.BertSelfAttention),
-        (attention.output, hf.BertSelfOutput),
-        (layer.intermediate, hf.BertIntermediate),
-        (layer.output, hf.BertOutput),
-    ):
-        if type(owner) is not cls or "forward" in owner.__dict__:
-            return f"a {cls.__name__} was replaced by a {type(owner).__name__}"
-        if modules.has_user_hooks(owner):
-            return f"a {cls.__name__} has a hook"
-        for name, child in owner._modules.items():
-            if modules.has_user_hooks(child):
-                return f"{cls.__name__}.{name} has a hook"
-            if name == "dropout" and modules.dropout_p(child) is None:
-                return f"{cls.__name__}.dropout was replaced by a {type(child).__name__}"
-    if heads.is_causal:
-        return "the attention of a layer is causal (is_causal)"
-    if not isinstance(heads.scaling, float | int):
-        return f"the scaling of a layer is a {type(heads.scaling).__name__}"
-    return None
-
-
-def obstacle(model: hf.BertModel) -> str | None:
-    """Why calls of this model run transformers' own code, or None if they can be packed."""
-    config = model.config
-    if config.is_decoder:
-        return "decoder mode (config.is_decoder) is not packed"
-    if getattr(config, "is_causal", None):
-        return "causal attention (config.is_causal) is not packed"
-    implementation = config._attn_implementation
-    if implementation is not None and not implementation.startswith(_ATTENTION_LIBRARY):
-        return f"the attention was replaced (attn_implementation={implementation!r})"
-    encoder, embeddings = model.encoder, model.embeddings
-    for owner, cls in ((encoder, hf.BertEncoder), (embeddings, hf.BertEmbeddings)):
-        if type(owner) is not cls or "forward" in owner.__dict__:
-            return f"the {cls.__name__} was replaced by a {type(owner).__name__}"
-        if modules.has_user_hooks(owner):
-            return f"the {cls.__name__} has a hook"
-    for name, child in embeddings._modules.items():
-        if modules.has_user_hooks(child):
-            return f"BertEmbeddings.{name} has a hook"
-    if model.pooler is not None and modules.has_user_hooks(model.pooler):
-        return "the BertPooler has a hook"
-    if modules.dropout_p(embeddings.dropout) is None:
-        return "the dropout of the embeddings was replaced"
-    for layer in encoder.layer:
-        reason = _layer_obstacle(layer)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _say_once(reason: str) -> None:
-    if torch.compiler.is_compiling() or reason in _said:
-        return
-    _said.add(reason)
-    _log.warning("fastbert runs transformers' own code for this call: %s", reason)
 
 
 @twin
@@ -192,8 +196,9 @@ class BertModel(DropIn, hf.BertModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | BaseModelOutputWithPoolingAndCrossAttentions:
-        as_rows = kwargs.pop("fastbert_rows", False)
-        keep_padding = kwargs.pop("fastbert_keep_padding", False)
+        asked = _request.of is None or _request.of is self
+        as_rows = asked and _request.rows
+        keep_padding = asked and _request.keep_padding
         if kwargs.pop("skip_logits", None):
             raise TypeError(
                 "skip_logits: expected a call of a masked-LM head, got one of a model without "
@@ -211,16 +216,10 @@ class BertModel(DropIn, hf.BertModel):
             or use_cache
         ):
             reason = "decoder mode, cross-attention and caches are not packed"
-        elif kwargs.get("is_causal"):
-            reason = "causal attention (is_causal) is not packed"
-        elif not isinstance(want_hidden, bool | None):
-            reason = "output_hidden_states selects by index"
-        elif kwargs.get("debug_io"):
-            reason = "debug_io traces transformers' modules"
         else:
-            reason = obstacle(self)
+            reason = call_obstacle(kwargs) or obstacle(self)
         if reason is not None:
-            _say_once(reason)
+            say_once(f"runs transformers' own code for this call: {reason}")
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -242,27 +241,41 @@ class BertModel(DropIn, hf.BertModel):
         x = check_inputs(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )
-        batch = make_batch(self, x, attention_mask, position_ids, kwargs, keep_padding)
+        pools_rows = look(self).pools_rows
+        foreign = self.pooler is not None and not pools_rows  # it may look at padding
+        if foreign:
+            kind = type(self.pooler).__name__
+            say_once(f"computes padding for a pooler that it does not know ({kind})")
+        batch = make_batch(
+            self, x, attention_mask, position_ids, kwargs, keep_padding=keep_padding or foreign
+        )
+        call = _Call(
+            batch, keep_padding, [] if want_hidden else None, [] if want_attentions else None
+        )
         rows = embed_rows(
             self.embeddings, batch, input_ids, token_type_ids, position_ids, inputs_embeds
         )
-        call = _Call(batch, [rows] if want_hidden else None, [] if want_attentions else None)
+        if want_hidden:
+            shown, rows = call.show(rows)
+            call.hidden_states.append(shown)
         # transformers' recorders would see packed rows; the call records what is wanted itself.
         token = _active_collector.set({})
         try:
             rows = self.encoder(rows, attention_mask=call).last_hidden_state
         finally:
             _active_collector.reset(token)
-        unpack = batch.view if keep_padding else batch.unpack
-        pooled = None
+        last, pooled = None, None
+        if want_hidden:
+            last = call.hidden_states[-1]
+        elif not as_rows:
+            last = call.padded(rows)
         if self.pooler is not None:
-            # Column 0 is all that the pooler reads.
-            pooled = self.pooler(batch.first_rows(rows)[:, None])
+            pooled = self.pooler(call.first(last, rows) if pools_rows else call.whole(last, rows))
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=rows if as_rows else unpack(rows), pooler_output=pooled
+            last_hidden_state=rows if as_rows else last, pooler_output=pooled
         )
         if want_hidden:
-            output["hidden_states"] = (*map(unpack, call.hidden_states[:-1]), unpack(rows))
+            output["hidden_states"] = tuple(call.hidden_states)
         if want_attentions:
             output["attentions"] = tuple(call.attentions)
             output["cross_attentions"] = ()

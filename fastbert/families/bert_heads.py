@@ -26,8 +26,9 @@ from .. import ops
 from ..encoder import Linear, Norm
 from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entropy
 from ..packing import PackedBatch, PaddedBatch
-from . import modules
-from .bert import BertModel
+from . import known, modules
+from .bert import requesting
+from .bert_obstacle import say_once
 from .drop_in import DropIn, twin
 
 __all__ = [
@@ -203,17 +204,16 @@ class BertForTokenClassification(DropIn, hf.BertForTokenClassification):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | TokenClassifierOutput:
         labels = _by_token(labels, input_ids, inputs_embeds)
-        keep = _labels_on_padding(labels, attention_mask)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            fastbert_keep_padding=keep,
-            **kwargs,
-        )
+        with requesting(self.bert, keep_padding=_labels_on_padding(labels, attention_mask)):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                **kwargs,
+            )
 
 
 @twin
@@ -238,17 +238,17 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
         with_labels = start_positions is not None and end_positions is not None
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            fastbert_keep_padding=with_labels,
-            **kwargs,
-        )
+        with requesting(self.bert, keep_padding=with_labels):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                start_positions=start_positions,
+                end_positions=end_positions,
+                **kwargs,
+            )
         if attention_mask is not None and attention_mask.dim() == 2 and not with_labels:
             padding = attention_mask.to(output.start_logits.device) == 0
             lowest = torch.finfo(output.start_logits.dtype).min
@@ -286,17 +286,19 @@ def _encode_rows(
     """The output of ``model.bert`` with packed rows as its hidden state, and their batch.
 
     The batch is None, and the hidden state padded, where the base model ran transformers' code, or
-    where someone watches the base model and has to see padded tensors.
+    where the head or someone who watches the base model has to see padded tensors.
     """
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
     bert = model.bert
-    plain = isinstance(bert, BertModel) and not (
-        modules.has_user_hooks(bert) or modules.has_user_hooks(model.cls)
-    )
-    options = {"fastbert_rows": True} if plain else {}
-    if _labels_on_padding(labels, inputs[1]):
-        options["fastbert_keep_padding"] = True
-    outputs = bert(**dict(zip(names, inputs, strict=True)), return_dict=True, **options, **kwargs)
+    head_takes_rows = known.row_wise(model.cls)
+    if not head_takes_rows:
+        say_once(f"computes padding for a head that it does not know ({type(model.cls).__name__})")
+    with requesting(
+        bert,
+        rows=head_takes_rows and not known.user_hook(bert),
+        keep_padding=not head_takes_rows or _labels_on_padding(labels, inputs[1]),
+    ):
+        outputs = bert(**dict(zip(names, inputs, strict=True)), return_dict=True, **kwargs)
     return outputs, getattr(outputs, "batch", None)
 
 
@@ -340,18 +342,17 @@ class _LabelledTokens:
         Raises:
             ValueError: a label outside the vocabulary.
         """
-        if torch.compiler.is_compiling() or type(model.cls) not in (
-            hf.BertOnlyMLMHead,
-            hf.BertPreTrainingHeads,
+        if (
+            torch.compiler.is_compiling()
+            or type(model.cls) not in (hf.BertOnlyMLMHead, hf.BertPreTrainingHeads)
+            or not known.row_wise(model.cls)
         ):
             return None
         head = model.cls.predictions
-        parts = [model.cls, *head.modules()]
         if (
             type(head) is not hf.BertLMPredictionHead
             or type(head.transform) is not hf.BertPredictionHeadTransform
             or not isinstance(modules.projection(head.decoder), Linear)
-            or any(modules.has_user_hooks(part) for part in parts)
         ):
             return None
         device = head.decoder.weight.device

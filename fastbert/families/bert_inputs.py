@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,10 +16,9 @@ from .. import ops
 from ..ops.embedding import check_range
 from ..packing import PackedBatch, PaddedBatch
 from . import modules
+from .bert_obstacle import say_once
 
 __all__ = ["check_inputs", "embed_rows", "make_batch"]
-
-_log = logging.getLogger("fastbert")
 
 
 def check_inputs(
@@ -62,10 +60,16 @@ def check_inputs(
             "a mask per query needs a dimension for the heads: mask[:, None]"
         )
     for other, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids is not None and (
-            ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch_size)
-        ):
-            raise ValueError(f"BertModel: expected {other} {tuple(shape)}, got {tuple(ids.shape)}")
+        if ids is None:
+            continue
+        message = f"BertModel: expected {other} {tuple(shape)}, got {tuple(ids.shape)}"
+        if ids.dim() != 2 or ids.shape[1] != length:
+            raise ValueError(message)
+        if ids.shape[0] not in (1, batch_size):
+            raise RuntimeError(  # torch's error and its words, which transformers lets through
+                f"The size of tensor a ({batch_size}) must match the size of tensor b "
+                f"({ids.shape[0]}) at non-singleton dimension 0\n{message}"
+            )
     positions = model.embeddings.position_embeddings.weight.shape[0]
     if position_ids is None and length > positions:
         raise ValueError(
@@ -89,15 +93,14 @@ def make_batch(
         return PaddedBatch(shape, bias=_bias(attention_mask, model.dtype))
     traced = (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
         or x.device.type == "meta"
         or type(x) not in (Tensor, nn.Parameter)
     )
-    if traced or keep_padding:
+    if traced or (keep_padding and attention_mask is not None):
         mask = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
         return PaddedBatch(shape, key_mask=mask)
     if attention_mask is None:
-        lengths = _packed_lengths(shape, position_ids, kwargs)
+        lengths = _packed_lengths(model, shape, position_ids, kwargs)
         if lengths is None:
             return PackedBatch.dense(*shape, x.device)
         return PackedBatch.from_lengths(lengths, x.device)
@@ -123,9 +126,13 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _packed_lengths(
-    shape: tuple[int, int], position_ids: Tensor | None, kwargs: dict[str, Any]
+    model: hf.BertModel,
+    shape: tuple[int, int],
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> list[int] | None:
-    """Sequences in a row that came packed: ``cu_seq_lens_q``, or positions that restart."""
+    """Sequences in a row that came packed: ``cu_seq_lens_q``, or positions that restart, where
+    transformers takes them so too."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
@@ -137,26 +144,23 @@ def _packed_lengths(
         return [end - start for start, end in pairwise(ends)]
     if position_ids is None or shape[0] != 1:
         return None
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    positions = position_ids[0]
+    starts = (positions == positions.min()).nonzero().flatten().tolist()
     if len(starts) < 2 or starts[0] != 0 or len(starts) == shape[1]:
-        return None  # as many zeros as tokens are no positions at all
-    _say_packed(len(starts))
-    return [end - start for start, end in zip(starts, [*starts[1:], shape[1]], strict=True)]
-
-
-_said_packed = False
-
-
-def _say_packed(count: int) -> None:
-    """Once, since transformers' eager and sdpa attention take such input for one sequence."""
-    global _said_packed
-    if not _said_packed:
-        _said_packed = True
-        _log.warning(
-            "fastbert takes a batch of one whose position_ids restart for %d packed sequences, "
-            "which do not attend to each other; with an attention_mask of ones it is one sequence",
-            count,
+        return None  # as many starts as tokens are no positions at all
+    implementation = model.config._attn_implementation or ""
+    if not implementation.startswith("flash_attention"):
+        say_once(
+            f"takes {len(starts)} runs of position_ids in a batch of one for one sequence, as "
+            f"transformers' {implementation} attention does; cu_seq_lens_q keeps packed sequences "
+            "apart"
         )
+        return None
+    say_once(
+        f"takes a batch of one whose position_ids restart for {len(starts)} packed sequences, as "
+        f"transformers' {implementation} does; with an attention_mask of ones it is one sequence"
+    )
+    return [end - start for start, end in zip(starts, [*starts[1:], shape[1]], strict=True)]
 
 
 # Buffers that hold what transformers put there: (their version then, whether they do).

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copyreg
+
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-__all__ = ["DropIn", "check_config", "set_options", "to_twins", "twin"]
+from .known import is_own
+
+__all__ = ["DropIn", "check_config", "set_options", "to_twins", "twin", "twin_of"]
 
 # transformers' class -> the class that replaces it; families fill it with `twin`.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -18,6 +22,37 @@ def twin(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+def twin_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """The drop-in class of one of transformers' classes."""
+    return _TWINS[cls]
+
+
+class _MadeHere(type):
+    """Type of the twins of somebody's subclass, which are made when they are needed."""
+
+
+def _twin_for(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that a module of this class gets, or None.
+
+    A subclass of one of transformers' classes that computes the same gets a twin that is still a
+    subclass of it.
+    """
+    if cls in _TWINS:
+        return _TWINS[cls]
+    if isinstance(cls, _MadeHere):
+        return None
+    for base, ours in list(_TWINS.items()):
+        if issubclass(cls, base) and not issubclass(cls, ours) and is_own(cls, base):
+            name, namespace = cls.__name__, {"__module__": cls.__module__, "__doc__": cls.__doc__}
+            _TWINS[cls] = _MadeHere(name, (ours, cls), namespace)
+            return _TWINS[cls]
+    return None
+
+
+# A class that is made here is pickled as what it is the twin of.
+copyreg.pickle(_MadeHere, lambda made: (_twin_for, (made.__bases__[-1],)))
+
+
 def to_twins(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Give every module inside ``model``, itself included, the class of its drop-in twin.
 
@@ -26,7 +61,7 @@ def to_twins(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     """
     changed = []
     for module in model.modules():
-        cls = _TWINS.get(type(module))
+        cls = _twin_for(type(module))
         if cls is not None:
             changed.append((module, type(module)))
             module.__class__ = cls

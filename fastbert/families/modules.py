@@ -1,9 +1,8 @@
 """Reading a module tree that belongs to someone else: what may be fused, what must be called.
 
 A layer's forward works on plain tensors, but the modules stay in charge. A plain ``nn.Linear`` is
-read as its tensors; anything else in its place (a LoRA layer, a quantised or offloaded linear) is
-called as a module, on packed rows. What a user hangs on a module below the model, a hook above
-all, has to see what it sees in transformers, so such a model runs transformers' own code.
+read as its tensors; what else may stand in its place (`fastbert.families.known`: a LoRA layer, a
+quantised or offloaded linear) is called as a module, on packed rows.
 """
 
 from __future__ import annotations
@@ -16,25 +15,17 @@ from transformers import activations
 
 from ..encoder import Linear, Norm, Projection, Stacked
 from ..ops.backend import resolve
+from . import known
 
 __all__ = [
     "activation_name",
     "dropout_p",
     "fuse",
-    "has_user_hooks",
     "is_plain_embedding",
     "norm",
     "projection",
 ]
 
-# Hooks of libraries that work by wrapping layers; they neither look at shapes nor change values.
-_KNOWN_HOOKS = (
-    "accelerate.",
-    "peft.",
-    "torch.distributed.",
-    "transformers.modeling_utils",
-    "transformers.utils.output_capturing",
-)
 _ACTIVATIONS = {
     activations.GELUActivation: "gelu",
     activations.NewGELUActivation: "gelu_tanh",
@@ -45,42 +36,16 @@ _ACTIVATIONS = {
 }
 
 
-def has_user_hooks(module: nn.Module) -> bool:
-    """Whether someone other than a known library wants to see this module's inputs or outputs."""
-    every = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if not any(every):  # as almost always; this runs some twenty times per layer and call
-        return False
-    return any(
-        not getattr(hook, "__module__", "").startswith(_KNOWN_HOOKS)
-        for hooks in every
-        for hook in hooks.values()
-    )
-
-
-def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    return (
-        type(module) is cls
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
-
-
 def projection(module: nn.Module) -> Projection:
     """A plain ``nn.Linear`` as its tensors, anything else as the function it is."""
-    if _is_plain(module, nn.Linear):
+    if known.plain(module, nn.Linear):
         return Linear(module.weight, module.bias)
     return module
 
 
 def norm(module: nn.Module) -> Norm | Callable[[Tensor], Tensor]:
     """A plain ``nn.LayerNorm`` over one dimension as its tensors, else the function it is."""
-    if _is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+    if known.plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return Norm(module.weight, module.bias, module.eps)
     return module
 
@@ -88,7 +53,7 @@ def norm(module: nn.Module) -> Norm | Callable[[Tensor], Tensor]:
 def is_plain_embedding(module: nn.Module) -> bool:
     """Whether a lookup in this table is a row of its weight, and the gradient a plain sum."""
     return (
-        _is_plain(module, nn.Embedding)
+        known.plain(module, nn.Embedding)
         and module.max_norm is None
         and not module.sparse
         and not module.scale_grad_by_freq

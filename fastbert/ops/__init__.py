@@ -6,6 +6,7 @@ reference in `fastbert.ops.reference`.
 """
 
 from .attention import attention, attention_qkv, attention_varlen
+from .attention_weights import attention_weights
 from .cross_entropy import linear_cross_entropy
 from .dropout import dropout_seed
 from .embedding import embed
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "attention_qkv",
     "attention_varlen",
+    "attention_weights",
     "dropout_seed",
     "embed",
     "feed_forward_add_norm",

@@ -19,7 +19,7 @@ from .dropout import check_dropout, dropout_seed
 from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
 from .registry import define
 
-__all__ = ["attention", "attention_qkv", "attention_varlen"]
+__all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of"]
 
 _MAX_HEAD_SIZE = 128
 _MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
@@ -268,6 +268,7 @@ def attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    unfused: bool = False,
 ) -> Tensor:
     """``softmax(q @ k.T * scale) @ v`` within each sequence of a packed batch, no padding anywhere.
 
@@ -280,6 +281,8 @@ def attention_varlen(
         dropout_p: probability of dropping an attention weight.
         seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
             Kernels only.
+        unfused: in torch, use operations that have second derivatives; the matrix of scores is then
+            kept for backward.
 
     Returns:
         ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros.
@@ -306,11 +309,11 @@ def attention_varlen(
         )
     check_dropout("attention_varlen", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _backend(q, dropout_p, max(batch.max_seqlen, keys.max_seqlen)) == "torch" or (
+    if backend_of(q, dropout_p, max(batch.max_seqlen, keys.max_seqlen)) == "torch" or (
         q.numel() == 0
     ):
         refuse_seed("attention_varlen", seed)
-        return _varlen_in_torch(q, k, v, batch, keys, scale, dropout_p)
+        return _varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
     q, scale = _positive(q, scale)
     return _differentiable(batch, keys, scale, dropout_p, seed, q, k, v)
 
@@ -322,13 +325,14 @@ def attention_qkv(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    unfused: bool = False,
 ) -> Tensor:
     """`attention_varlen` of one projection, whose gradient is one tensor too and needs no copy.
 
     Args:
         qkv: ``[T, 3, H, D]``, q, k and v of every token.
         batch: the sequences.
-        scale, dropout_p, seed: as in `attention_varlen`.
+        scale, dropout_p, seed, unfused: as in `attention_varlen`.
 
     Returns:
         ``[T, H, D]``, contiguous.
@@ -345,9 +349,11 @@ def attention_qkv(
         or qkv.numel() == 0
         or qkv.stride(-1) != 1
         or qkv.shape[0] != batch.num_tokens
-        or _backend(qkv, dropout_p, batch.max_seqlen) == "torch"
+        or backend_of(qkv, dropout_p, batch.max_seqlen) == "torch"
     ):
-        return attention_varlen(q, k, v, batch, scale=scale, dropout_p=dropout_p, seed=seed)
+        return attention_varlen(
+            q, k, v, batch, scale=scale, dropout_p=dropout_p, seed=seed, unfused=unfused
+        )
     check_dropout("attention_qkv", dropout_p, seed, qkv.device)
     return _differentiable(batch, batch, scale, dropout_p, seed, qkv)
 
@@ -378,6 +384,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    unfused: bool = False,
 ) -> Tensor:
     """``softmax(q @ k.T * scale + bias) @ v`` over a padded batch.
 
@@ -391,6 +398,8 @@ def attention(
         dropout_p: probability of dropping an attention weight.
         seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
             Kernels only.
+        unfused: in torch, use operations that have second derivatives; the matrix of scores is then
+            kept for backward.
 
     Returns:
         ``[B, H, Sq, D]``, a transposed view of a contiguous ``[B, Sq, H, D]``. A query that may
@@ -429,9 +438,9 @@ def attention(
             bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -math.inf)
     check_dropout("attention", dropout_p, seed, q.device)
     scale = head_size**-0.5 if scale is None else scale
-    if _backend(q, dropout_p, max(len_q, len_k)) == "torch" or q.numel() == 0:
+    if backend_of(q, dropout_p, max(len_q, len_k)) == "torch" or q.numel() == 0:
         refuse_seed("attention", seed)
-        return _padded_in_torch(q, k, v, key_mask, bias, scale, dropout_p)
+        return _padded_in_torch(q, k, v, key_mask, bias, scale, dropout_p, unfused)
     q, scale = _positive(q, scale)
     if dropout_p > 0.0 and seed is None:
         seed = dropout_seed(q.device)
@@ -465,8 +474,9 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
 
 
-def _backend(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
-    """What the kernels do not cover runs in torch, unless the kernels are forced."""
+def backend_of(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
+    """The backend of attention: what the kernels do not cover runs in torch, unless they are
+    forced."""
     chosen = resolve(q.device, q.dtype)
     if chosen == "torch":
         return chosen
@@ -484,6 +494,24 @@ def _backend(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
     return "torch"
 
 
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    unfused: bool,
+) -> Tensor:
+    if unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling():
+        # The context manager that chooses this for SDPA is for the whole process, not for a call.
+        if mask is not None and mask.dtype == torch.bool:  # which it would add
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        math_attention = torch.ops.aten._scaled_dot_product_attention_math
+        return math_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+
+
 def _varlen_in_torch(
     q: Tensor,
     k: Tensor,
@@ -492,20 +520,18 @@ def _varlen_in_torch(
     keys: PackedBatch,
     scale: float,
     dropout_p: float,
+    unfused: bool,
 ) -> Tensor:
     """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end."""
     if keys is not batch and keys.lengths != batch.lengths:
-        return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p)
+        return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
     parts = []
     for row, count, length in batch.runs():
-        part = F.scaled_dot_product_attention(
-            *(
-                t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
-                for t in (q, k, v)
-            ),
-            dropout_p=dropout_p,
-            scale=scale,
+        run = (
+            t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for t in (q, k, v)
         )
+        part = _sdpa(*run, None, dropout_p, scale, unfused)
         parts.append(part.transpose(1, 2).flatten(0, 1))
     if len(parts) == 1:
         return parts[0]
@@ -520,6 +546,7 @@ def _cross_in_torch(
     keys: PackedBatch,
     scale: float,
     dropout_p: float,
+    unfused: bool,
 ) -> Tensor:
     parts = []
     rows = zip(q.split(batch.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
@@ -528,7 +555,7 @@ def _cross_in_torch(
             parts.append(q_i.new_zeros(q_i.shape))
         elif q_i.shape[0]:
             heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q_i, k_i, v_i))
-            part = F.scaled_dot_product_attention(*heads_first, dropout_p=dropout_p, scale=scale)
+            part = _sdpa(*heads_first, None, dropout_p, scale, unfused)
             parts.append(part.squeeze(0).transpose(0, 1))
     return torch.cat(parts) if parts else q.new_zeros(q.shape)
 
@@ -540,7 +567,8 @@ def _padded_in_torch(
     key_mask: Tensor | None,
     bias: Tensor | None,
     scale: float,
-    dropout_p: float = 0.0,
+    dropout_p: float,
+    unfused: bool,
 ) -> Tensor:
     if k.shape[2] == 0:
         return q.new_zeros(q.shape)
@@ -548,7 +576,7 @@ def _padded_in_torch(
     if key_mask is not None:
         keep = key_mask[:, None, None, :]
         mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+    out = _sdpa(q, k, v, mask, dropout_p, scale, unfused)
     if mask is None:
         return out
     alone = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)

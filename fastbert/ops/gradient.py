@@ -33,8 +33,8 @@ def first_order_only(backward: Callable) -> Callable:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "fastbert: the kernels give first-order gradients, and create_graph=True asks for "
-                "more; compute this under fastbert.backend('torch'), whose operations are torch's "
-                "own"
+                "more; compute this under fastbert.backend('torch') with "
+                "model.set_attn_implementation('eager'), whose operations have second derivatives"
             )
         return backward(ctx, *upstream)
 

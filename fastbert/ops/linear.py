@@ -312,10 +312,11 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        # reshape, not flatten: torch.autograd.functional's vectorize=True has no rule for that.
+        rows = grad.reshape(-1, grad.shape[-1])
         return (
             grad @ weight if need_x else None,
-            rows.t() @ x.flatten(0, -2) if need_weight else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )
 

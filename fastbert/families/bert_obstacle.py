@@ -1,0 +1,220 @@
+"""Whether a call of BERT can be packed: what is read of the model's modules and settings before it.
+
+A reason is a clause for the log. Everything here runs before every call, so it has to be quick:
+what the modules are is remembered while they stay the same (`fastbert.families.known.Looked`).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert as hf
+
+from . import known, modules
+from .drop_in import twin_of
+
+__all__ = ["call_obstacle", "look", "obstacle", "say_once"]
+
+_log = logging.getLogger("fastbert")
+_said: set[str] = set()
+_ATTENTION_LIBRARY = ("sdpa", "flex_attention", "flash_attention")
+_ONLY_COUNT = {"torch.utils.module_tracker"}  # for FLOPs by module; what is called is no matter
+
+
+def _part(owner: nn.Module, name: str, *children: str) -> str | None:
+    """Why the named children of a part of transformers' BERT cannot take packed rows, or None."""
+    if known.user_hook(owner):
+        return f"{name} has a hook"
+    for child in children:
+        module = getattr(owner, child)
+        if child == "dropout":
+            if isinstance(module, nn.Module) and known.user_hook(module):
+                return f"{name}.{child} has a hook"
+            if modules.dropout_p(module) is None:
+                return f"{name}.{child} was replaced by a {type(module).__name__}"
+        elif not known.row_wise(module):
+            if isinstance(module, nn.Module) and any(map(known.user_hook, module.modules())):
+                return f"{name}.{child} has a hook"
+            what = getattr(module, "__name__", type(module).__name__)
+            return f"{name}.{child} is a {what}, which is not known to work row by row"
+    return None
+
+
+_PARTS_OF_A_LAYER = (  # an owner before what is inside it
+    ("attention", hf.BertAttention, ()),
+    ("attention.self", hf.BertSelfAttention, ("query", "key", "value", "dropout")),
+    ("attention.output", hf.BertSelfOutput, ("dense", "dropout", "LayerNorm")),
+    ("intermediate", hf.BertIntermediate, ("dense", "intermediate_act_fn")),
+    ("output", hf.BertOutput, ("dense", "dropout", "LayerNorm")),
+)
+
+
+def _layer_obstacle(layer: nn.Module) -> str | None:
+    """Why the modules of this layer cannot take packed rows, or None."""
+    if not known.untouched(layer, twin_of(hf.BertLayer)):
+        return _replaced(layer, "BertLayer")
+    if known.user_hook(layer):
+        return "a BertLayer has a hook"
+    for name, cls, children in _PARTS_OF_A_LAYER:
+        part = layer.get_submodule(name)
+        if not known.untouched(part, cls):
+            return _replaced(part, cls.__name__)
+        reason = _part(part, cls.__name__, *children)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _replaced(module: nn.Module, name: str) -> str:
+    if "forward" in module.__dict__:
+        return f"the forward of a {name} was replaced"
+    return f"a {name} was replaced by a {type(module).__name__}"
+
+
+def _module_obstacle(model: hf.BertModel) -> str | None:
+    """Why the modules inside this model cannot take packed rows, or None."""
+    encoder, embeddings = model.encoder, model.embeddings
+    if not known.untouched(encoder, hf.BertEncoder):
+        return _replaced(encoder, "BertEncoder")
+    if not known.untouched(embeddings, hf.BertEmbeddings):
+        return _replaced(embeddings, "BertEmbeddings")
+    reason = _part(encoder, "BertEncoder") or _part(
+        embeddings, "BertEmbeddings", "word_embeddings", "position_embeddings",
+        "token_type_embeddings", "LayerNorm", "dropout",
+    )  # fmt: skip
+    if reason is None and type(encoder.layer) is not nn.ModuleList:
+        reason = f"the layers are in a {type(encoder.layer).__name__}"
+    for layer in encoder.layer:
+        reason = reason or _layer_obstacle(layer)
+    watched = model.pooler is not None and any(map(known.user_hook, model.pooler.modules()))
+    return "the BertPooler has a hook" if reason is None and watched else reason
+
+
+class _Found(NamedTuple):
+    """What was found out about the modules of a model.
+
+    Attributes:
+        reason: why they cannot take packed rows, or None.
+        pools_rows: whether the pooler can take the first row of each sequence alone.
+        settings: the attributes of each layer and of its attention, where settings stand.
+    """
+
+    reason: str | None
+    pools_rows: bool
+    settings: list[tuple[dict, dict]]
+
+
+_LOOKED = "_fastbert_looked"
+
+
+def look(model: hf.BertModel) -> _Found:
+    """Look at the modules of a model, unless they are those that were looked at last time."""
+    compiling = torch.compiler.is_compiling()
+    looked = None if compiling else model.__dict__.get(_LOOKED)
+    if looked is not None and looked.still(model):
+        return looked.found
+    reason, pooler = _module_obstacle(model), model.pooler
+    pools_rows = (
+        pooler is not None
+        and known.untouched(pooler, hf.BertPooler)
+        and known.row_wise(pooler.dense)
+        and known.row_wise(pooler.activation)
+    )
+    layers = [] if reason is not None else model.encoder.layer
+    found = _Found(
+        reason, pools_rows, [(layer.__dict__, layer.attention.self.__dict__) for layer in layers]
+    )
+    if not compiling:
+        looked = known.Looked(model, found)
+        if looked.still(model):
+            model.__dict__[_LOOKED] = looked
+    return found
+
+
+def _watched_by_all() -> str | None:
+    """Hooks on every module of the process, which would see packed rows or nothing."""
+    every = torch.nn.modules.module
+    hooks = (
+        every._global_forward_hooks,
+        every._global_forward_pre_hooks,
+        every._global_backward_hooks,
+        every._global_backward_pre_hooks,
+    )
+    if not any(hooks):
+        return None
+    modules = {getattr(hook, "__module__", "") for kind in hooks for hook in kind.values()}
+    if modules <= _ONLY_COUNT:
+        return None
+    return "there are hooks on every module (register_module_..._hook)"
+
+
+def _attention_obstacle(config) -> str | None:
+    implementation = config._attn_implementation
+    if implementation is None or implementation == "eager":
+        return None
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if implementation.startswith(_ATTENTION_LIBRARY) and (
+        function is None or function.__module__.startswith("transformers.")
+    ):
+        return None
+    return f"the attention was replaced (attn_implementation={implementation!r})"
+
+
+def call_obstacle(kwargs: dict[str, Any]) -> str | None:
+    """Why this call cannot be packed, whatever the model is, or None.
+
+    Args:
+        kwargs: what the call has beside the arguments of an encoder.
+    """
+    hidden = kwargs.get("output_hidden_states")
+    if kwargs.get("is_causal"):
+        return "causal attention (is_causal) is not packed"
+    if not isinstance(hidden, bool | None):
+        return "output_hidden_states selects by index"
+    if kwargs.get("debug_io"):
+        return "debug_io traces transformers' modules"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records operations that depend on no data"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func runs"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation runs"
+    return None
+
+
+def obstacle(model: hf.BertModel) -> str | None:
+    """Why calls of this model run transformers' own code, or None if they can be packed."""
+    config = model.config
+    if config.is_decoder:
+        return "decoder mode (config.is_decoder) is not packed"
+    if getattr(config, "is_causal", None):
+        return "causal attention (config.is_causal) is not packed"
+    reason = known.patched() or _attention_obstacle(config) or _watched_by_all()
+    if reason is not None:
+        return reason
+    found = look(model)
+    if found.reason is not None:
+        return found.reason
+    for layer, attention in found.settings:
+        if layer["chunk_size_feed_forward"]:
+            return "config.chunk_size_feed_forward is set"
+        if attention["is_causal"]:
+            return "the attention of a layer is causal (is_causal)"
+        if not isinstance(attention["scaling"], float | int):
+            return f"the scaling of a layer is a {type(attention['scaling']).__name__}"
+    return None
+
+
+def say_once(message: str) -> None:
+    """Log a warning, the first time."""
+    if torch.compiler.is_compiling() or message in _said:
+        return
+    _said.add(message)
+    _log.warning("fastbert %s", message)

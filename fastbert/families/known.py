@@ -1,0 +1,224 @@
+"""Who may be handed packed rows: the one list of known modules.
+
+Packed rows ``[T, E]`` are the same to a module as a batch ``[B, S, E]`` only if it works on each
+row alone. That is known of the ``forward`` functions listed here, if everything inside has one of
+them too. A module of one's own, a subclass with a ``forward``, a ``forward`` that somebody
+patched, on an instance or on the class, is not known: it gets what transformers would give it, or
+the whole call runs transformers' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import itemgetter
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers.activations
+import transformers.pytorch_utils
+from torch import nn
+from transformers.models.bert import modeling_bert as hf
+
+__all__ = ["Looked", "is_own", "patched", "plain", "row_wise", "untouched", "user_hook"]
+
+# Each works on the last dimension alone, or element by element.
+_ROW_WISE = (
+    nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.Identity, nn.Sequential,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink,
+    nn.Hardshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
+    transformers.pytorch_utils.Conv1D,
+    hf.BertPredictionHeadTransform, hf.BertLMPredictionHead, hf.BertOnlyMLMHead,
+    hf.BertOnlyNSPHead, hf.BertPreTrainingHeads,
+)  # fmt: skip
+_ACTIVATIONS = tuple(
+    cls
+    for cls in vars(transformers.activations).values()
+    if isinstance(cls, type) and issubclass(cls, nn.Module)
+)
+_FORWARDS = {cls.forward for cls in (*_ROW_WISE, *_ACTIVATIONS)}
+# Never called themselves; only what is inside them is.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Libraries whose layers stand in a linear layer's or an embedding's place and work row by row.
+_LIBRARIES = (
+    "bitsandbytes.nn.",
+    "peft.tuners.",
+    "peft.utils.",
+    "torch.ao.nn.",
+    "torchao.",
+    "transformers.integrations.",
+)
+_FUNCTIONS = (F.gelu, F.relu, F.silu, F.mish, F.elu, torch.tanh, torch.relu, torch.sigmoid)
+# Hooks of libraries that work by wrapping layers; they neither look at shapes nor change values.
+_HOOKS = (
+    "accelerate.",
+    "peft.",
+    "torch.distributed.",
+    "torch.nn.utils.",
+    "transformers.modeling_utils",
+    "transformers.utils.output_capturing",
+)
+# What a subclass may define without changing what a call computes.
+_HARMLESS = frozenset(
+    ("__init__", "__repr__", "_init_weights", "extra_repr", "from_pretrained", "post_init",
+     "prepare_inputs_for_generation", "save_pretrained", "__reduce__")
+)  # fmt: skip
+
+
+# The code of transformers and torch that this package stands in for, as it was when imported.
+_BERT = [v for v in vars(hf).values() if isinstance(v, type) and v.__module__ == hf.__name__]
+_CODE: tuple[tuple[type, str, FunctionType], ...] = (
+    *(
+        (cls, name, value)
+        for cls in _BERT
+        if issubclass(cls, nn.Module)
+        for name, value in vars(cls).items()
+        if isinstance(value, FunctionType) and name not in _HARMLESS
+    ),
+    *((cls, "forward", cls.forward) for cls in (*_ROW_WISE, *_ACTIVATIONS)),
+)
+_EAGER = hf.eager_attention_forward
+
+
+def patched() -> str | None:
+    """What somebody replaced in transformers' BERT or in torch's layers since import, or None."""
+    for cls, name, function in _CODE:
+        if getattr(cls, name, None) is not function:
+            return f"{cls.__name__}.{name} was replaced"
+    if hf.eager_attention_forward is not _EAGER:
+        return "eager_attention_forward was replaced"
+    return None
+
+
+_own: dict[tuple[type, type], bool] = {}
+
+
+def is_own(cls: type, base: type) -> bool:
+    """Whether a class computes what ``base`` computes: it is ``base``, or a subclass that overrides
+    nothing a call depends on."""
+    if cls is base:
+        return True
+    key = (cls, base)
+    known = _own.get(key)
+    if known is None:
+        known = _own[key] = issubclass(cls, base) and not any(
+            name not in _HARMLESS and hasattr(value, "__get__") and hasattr(base, name)
+            for part in cls.__mro__
+            if not issubclass(base, part) and not part.__module__.startswith("torch.distributed.")
+            for name, value in vars(part).items()
+            if name not in ("__dict__", "__weakref__")
+        )
+    return known
+
+
+def untouched(module: nn.Module, base: type) -> bool:
+    """Whether a call of this module is a call of ``base.forward``."""
+    if type(module) is not base and not is_own(type(module), base):
+        return False
+    forward = module.__dict__.get("forward")
+    return forward is None or _wrapped_by_accelerate(forward)
+
+
+def _wrapped_by_accelerate(forward: Callable) -> bool:
+    """accelerate moves weights to where they are needed, and calls what was there."""
+    return getattr(getattr(forward, "func", None), "__module__", "").startswith("accelerate.")
+
+
+def user_hook(module: nn.Module) -> bool:
+    """Whether someone other than a known library wants to see this module's inputs or outputs."""
+    every = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if not any(every):  # as almost always
+        return False
+    return any(
+        not getattr(hook, "__module__", "").startswith(_HOOKS)
+        for hooks in every
+        for hook in hooks.values()
+    )
+
+
+def plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of this module is nothing but ``cls.forward``: no subclass, no hook."""
+    return (
+        type(module) is cls
+        and "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
+
+
+def row_wise(module: nn.Module | Callable) -> bool:
+    """Whether packed rows may be handed to this module, an activation that is a function included:
+    it and all that is inside it are known, and nobody watches."""
+    if not isinstance(module, nn.Module):
+        return any(module is function for function in _FUNCTIONS)
+    if user_hook(module):
+        return False
+    if type(module) not in _CONTAINERS and not _works_by_row(module):
+        return False
+    return all(
+        row_wise(child)
+        for name, child in module._modules.items()
+        if child is not None and name != "parametrizations"  # these work on weights, not on rows
+    )
+
+
+def _works_by_row(module: nn.Module) -> bool:
+    """Whether a call of this module alone, whatever is inside it, is a known function."""
+    cls = type(module)
+    if cls.__module__.startswith(_LIBRARIES):
+        known = True
+    else:
+        known = cls.forward in _FORWARDS and cls.__call__ is nn.Module.__call__
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
+        return False  # it normalises over the sequence as well
+    forward = module.__dict__.get("forward")
+    return known and (forward is None or _wrapped_by_accelerate(forward))
+
+
+_WATCHED = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_modules"
+)
+
+
+class Looked:
+    """What was found out about the modules inside another one, for as long as they are the same.
+
+    `still` compares what a module tree is made of with what was looked at: every module's class,
+    children, hooks and own ``forward``. Nothing can be changed, by whatever route, without one of
+    these being another. A tree with hooks is never remembered.
+
+    Attributes:
+        found: what was found out.
+    """
+
+    def __init__(self, root: nn.Module, found: Any):
+        self.found = found
+        self._children = dict(root._modules)
+        self._modules = [m for child in root.children() for m in child.modules()]
+        self._classes = list(map(type, self._modules))
+        self._dicts = [m.__dict__ for m in self._modules]
+        self._state = [({}, {}, {}, {}, dict(m._modules)) for m in self._modules]
+
+    def still(self, root: nn.Module) -> bool:
+        """Whether the modules inside ``root`` are those that were looked at, unwatched."""
+        return (
+            root._modules == self._children
+            and list(map(type, self._modules)) == self._classes
+            and not any(map(dict.__contains__, self._dicts, repeat("forward")))
+            and list(map(_WATCHED, self._dicts)) == self._state
+        )
+
+    def __reduce__(self):
+        return _nothing, ()  # a copy or an unpickled model looks for itself
+
+
+def _nothing() -> None:
+    return None
