@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
 from .families.bert_obstacle import obstacle
-from .families.drop_in import DropIn, check_config, set_options, to_twins
+from .families.drop_in import DropIn, check_config, clear_options, set_options, to_twins
 from .models import BertModel
 
 __all__ = ["Acceleration", "accelerate"]
@@ -42,8 +42,7 @@ class Acceleration:
     def undo(self) -> nn.Module:
         """Give every module its own class back, and take back the options. Harmless when done
         twice."""
-        for module in self._options:
-            module.__dict__.pop("skip_logits", None)
+        clear_options(self._options)
         _back(self._changed)
         self._changed, self._options = [], []
         return self.model
@@ -70,7 +69,9 @@ def _back(changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:
         module.__class__ = cls
 
 
-def accelerate(model: nn.Module, *, skip_logits: bool = False) -> Acceleration:
+def accelerate(
+    model: nn.Module, *, padding: str = "zeros", skip_logits: bool = False
+) -> Acceleration:
     """Make the BERT inside ``model`` run packed. Changes this instance only; parameters stay as
     they are.
 
@@ -82,6 +83,10 @@ def accelerate(model: nn.Module, *, skip_logits: bool = False) -> Acceleration:
 
     Args:
         model: a module on any device, in any dtype.
+        padding: what hidden states hold at padding. ``"zeros"``, and nothing is computed there, as
+            in ``flash_attn``'s padded form; what pools without a mask, or a convolution or an LSTM
+            on top, sees it. ``"keep"`` computes padding as transformers does, at its cost, for
+            whoever reads it (ColBERT's masked query tokens, such heads).
         skip_logits: in training with labels, a masked-LM head computes labelled tokens only, never
             a tensor of all logits, and returns None as ``logits`` (or ``prediction_logits``). A
             call decides for itself with the same keyword; evaluation gives logits as ever.
@@ -92,7 +97,8 @@ def accelerate(model: nn.Module, *, skip_logits: bool = False) -> Acceleration:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no BERT inside it, or with ``skip_logits`` no masked-LM head.
+        ValueError: there is no BERT inside it, or with ``skip_logits`` no masked-LM head; another
+            ``padding``.
         NotImplementedError: its config asks for relative position embeddings.
     """
     if not isinstance(model, nn.Module):
@@ -110,7 +116,7 @@ def accelerate(model: nn.Module, *, skip_logits: bool = False) -> Acceleration:
         check_config(encoder.config)
     changed = to_twins(model)
     try:
-        options = set_options(model, skip_logits=skip_logits)
+        options = set_options(model, padding=padding, skip_logits=skip_logits)
     except ValueError:
         _back(changed)
         raise

@@ -57,8 +57,7 @@ class LayerWeights(NamedTuple):
     """Everything one layer computes with.
 
     Attributes:
-        qkv: the three input projections; one `Linear` of ``[3 * E, E]``, one product of three
-            parameters, or one by one.
+        qkv: the three input projections, as one product or one by one.
         attention_output, attention_norm: the projection after attention and the norm after it.
         intermediate, activation: the first feed-forward product and what follows it, one of
             `fastbert.ops.linear.ACTIVATIONS` or any function.
@@ -69,7 +68,7 @@ class LayerWeights(NamedTuple):
         unfused: attention in torch runs as operations that have second derivatives.
     """
 
-    qkv: Linear | Stacked | tuple[Projection, Projection, Projection]
+    qkv: Stacked | tuple[Projection, Projection, Projection]
     attention_output: Projection
     attention_norm: Norm | Callable[[Tensor], Tensor]
     intermediate: Projection
@@ -124,13 +123,9 @@ def encode_layer(
 def _project_together(hidden: Tensor, weights: LayerWeights) -> Tensor | None:
     """``[T, E]`` -> ``[T, 3, H, D]`` where one product makes q, k and v, else None."""
     qkv = weights.qkv
-    if isinstance(qkv, Linear):
-        out = ops.linear(hidden, qkv.weight, qkv.bias)
-    elif isinstance(qkv, Stacked):
-        out = ops.linear_stacked(hidden, *qkv)
-    else:
+    if not isinstance(qkv, Stacked):
         return None
-    return out.unflatten(-1, (3, -1, weights.head_size))
+    return ops.linear_stacked(hidden, *qkv).unflatten(-1, (3, -1, weights.head_size))
 
 
 def _project_heads(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:

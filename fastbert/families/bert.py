@@ -2,8 +2,8 @@
 
 Each class is its transformers parent and nothing more until ``forward``: parameters, state-dict
 names, saving and loading are the parent's. `BertModel.forward` decides once per call. On the
-packed path it packs the batch, runs transformers' own encoder loop with a `_Call` where the
-attention mask would be, and unpacks; `BertLayer.forward` sees the `_Call` and computes the layer
+packed path it packs the batch, runs transformers' own encoder loop with a `Call` where the
+attention mask would be, and unpacks; `BertLayer.forward` sees the `Call` and computes the layer
 on packed rows. Any other call goes to transformers' code, unchanged.
 """
 
@@ -28,10 +28,10 @@ from ..encoder import LayerWeights, encode_layer
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
 from .bert_inputs import check_inputs, embed_rows, make_batch
-from .bert_obstacle import call_obstacle, look, obstacle, say_once
+from .bert_obstacle import call_obstacle, examine, say_once
 from .drop_in import DropIn, twin
 
-__all__ = ["BertLayer", "BertModel", "requesting"]
+__all__ = ["BertLayer", "BertModel", "Call", "requesting"]
 
 
 class _Request(threading.local):
@@ -39,7 +39,7 @@ class _Request(threading.local):
 
     Attributes:
         of: the encoder that is asked; None for any that the call reaches.
-        rows: give packed rows as the hidden state, and the batch as ``output.batch``.
+        rows: give packed rows as the hidden state, and the `Call` as ``output.call``.
         keep_padding: compute hidden states at padding, as transformers does.
     """
 
@@ -68,7 +68,7 @@ def requesting(encoder: nn.Module, *, rows: bool = False, keep_padding: bool = F
         _request.of, _request.rows, _request.keep_padding = before
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What one packed forward pass hands to every layer."""
 
     batch: PackedBatch | PaddedBatch
@@ -76,7 +76,7 @@ class _Call(NamedTuple):
     hidden_states: list[Tensor] | None
     attentions: list[Tensor] | None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> _Call:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
         """For models that are spread over several devices: accelerate's hooks call it."""
         return self._replace(batch=self.batch.to(device, non_blocking=non_blocking))
 
@@ -121,13 +121,13 @@ class _Call(NamedTuple):
 
 @twin
 class BertLayer(hf.BertLayer):
-    """transformers' layer, which also takes packed rows ``[T, E]`` with a `_Call` as its mask."""
+    """transformers' layer, which also takes packed rows ``[T, E]`` with a `Call` as its mask."""
 
     def __call__(self, *args, **kwargs):
         # Outside of forward, which activation checkpointing may run without a graph.
         output = super().__call__(*args, **kwargs)
         call = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if isinstance(call, _Call) and call.hidden_states is not None:
+        if isinstance(call, Call) and call.hidden_states is not None:
             shown, output = call.show(output)
             call.hidden_states.append(shown)
         return output
@@ -135,13 +135,13 @@ class BertLayer(hf.BertLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | _Call | None = None,
+        attention_mask: Tensor | Call | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        if not isinstance(attention_mask, _Call):
+        if not isinstance(attention_mask, Call):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -159,7 +159,7 @@ def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
     heads, mixed = attention.self, attention.output
     qkv = tuple(modules.projection(m) for m in (heads.query, heads.key, heads.value))
     return LayerWeights(
-        qkv=modules.fuse(qkv),
+        qkv=modules.stack(qkv),
         attention_output=modules.projection(mixed.dense),
         attention_norm=modules.norm(mixed.LayerNorm),
         intermediate=modules.projection(intermediate.dense),
@@ -173,6 +173,31 @@ def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
         hidden_dropout=modules.dropout_p(mixed.dropout) or 0.0,
         output_dropout=modules.dropout_p(output.dropout) or 0.0,
     )
+
+
+def _zero_padding(
+    output: BaseModelOutputWithPoolingAndCrossAttentions, mask: Tensor | None
+) -> None:
+    """Give the output of transformers' code the zeros that a packed call has at padding.
+
+    Not to hidden states that a gradient may be asked of: copies would not lie on its way.
+    """
+    last, states = output.last_hidden_state, output.hidden_states
+    if mask is None or mask.shape != last.shape[:2]:
+        return
+    if states is not None and torch.is_grad_enabled() and last.requires_grad:
+        return
+    padding = (mask == 0)[..., None].to(last.device)
+    output.last_hidden_state = last.masked_fill(padding, 0)
+    if states is not None:
+        output.hidden_states = tuple(
+            None
+            if state is None
+            else output.last_hidden_state
+            if state is last
+            else state.masked_fill(padding, 0)
+            for state in states
+        )
 
 
 @twin
@@ -198,7 +223,7 @@ class BertModel(DropIn, hf.BertModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPoolingAndCrossAttentions:
         asked = _request.of is None or _request.of is self
         as_rows = asked and _request.rows
-        keep_padding = asked and _request.keep_padding
+        keep_padding = self.padding == "keep" or (asked and _request.keep_padding)
         if kwargs.pop("skip_logits", None):
             raise TypeError(
                 "skip_logits: expected a call of a masked-LM head, got one of a model without "
@@ -215,12 +240,14 @@ class BertModel(DropIn, hf.BertModel):
             or past_key_values is not None
             or use_cache
         ):
-            reason = "decoder mode, cross-attention and caches are not packed"
+            reason, found = "decoder mode, cross-attention and caches are not packed", None
         else:
-            reason = call_obstacle(kwargs) or obstacle(self)
+            found = examine(self)
+            reason = call_obstacle(kwargs) or found.reason
         if reason is not None:
             say_once(f"runs transformers' own code for this call: {reason}")
-            return super().forward(
+            return_dict = kwargs.pop("return_dict", None)
+            output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
@@ -230,8 +257,13 @@ class BertModel(DropIn, hf.BertModel):
                 encoder_attention_mask=encoder_attention_mask,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
+            if not keep_padding and found is not None:
+                _zero_padding(output, attention_mask)
+            return_dict = config.return_dict if return_dict is None else return_dict
+            return output if return_dict else output.to_tuple()
 
         # One row of ids for all sequences may come without its dimension.
         token_type_ids, position_ids = (
@@ -241,15 +273,14 @@ class BertModel(DropIn, hf.BertModel):
         x = check_inputs(
             self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )
-        pools_rows = look(self).pools_rows
-        foreign = self.pooler is not None and not pools_rows  # it may look at padding
+        foreign = self.pooler is not None and not found.pools_rows  # it may look at padding
         if foreign:
             kind = type(self.pooler).__name__
             say_once(f"computes padding for a pooler that it does not know ({kind})")
         batch = make_batch(
             self, x, attention_mask, position_ids, kwargs, keep_padding=keep_padding or foreign
         )
-        call = _Call(
+        call = Call(
             batch, keep_padding, [] if want_hidden else None, [] if want_attentions else None
         )
         rows = embed_rows(
@@ -270,7 +301,7 @@ class BertModel(DropIn, hf.BertModel):
         elif not as_rows:
             last = call.padded(rows)
         if self.pooler is not None:
-            pooled = self.pooler(call.first(last, rows) if pools_rows else call.whole(last, rows))
+            pooled = self.pooler(call.whole(last, rows) if foreign else call.first(last, rows))
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=rows if as_rows else last, pooler_output=pooled
         )
@@ -280,7 +311,7 @@ class BertModel(DropIn, hf.BertModel):
             output["attentions"] = tuple(call.attentions)
             output["cross_attentions"] = ()
         if as_rows:
-            output.batch = batch
+            output.call = call
         return_dict = kwargs.get("return_dict")
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

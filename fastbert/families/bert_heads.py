@@ -25,9 +25,9 @@ from transformers.utils.generic import can_return_tuple
 from .. import ops
 from ..encoder import Linear, Norm
 from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entropy
-from ..packing import PackedBatch, PaddedBatch
+from ..packing import PackedBatch
 from . import known, modules
-from .bert import requesting
+from .bert import Call, requesting
 from .bert_obstacle import say_once
 from .drop_in import DropIn, twin
 
@@ -113,7 +113,7 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
         wants_loss = labels is not None and next_sentence_label is not None
         skip = _skips_logits(self, skip_logits, wants_loss)
         chosen = _LabelledTokens.of(self, labels) if skip else None
-        outputs, batch = _encode_rows(self, inputs, labels, kwargs)
+        outputs, call = _encode_rows(self, inputs, labels, kwargs)
         rows, pooled = outputs[:2]
         if chosen is None:
             scores, relation = self.cls(rows, pooled)
@@ -123,15 +123,15 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
         if wants_loss:
             next_sentence = F.cross_entropy(relation.view(-1, 2), next_sentence_label.view(-1))
             if chosen is None:
-                loss, count = _token_loss(scores, batch, labels, num_items)
+                loss, count = _token_loss(scores, call, labels, num_items)
             else:
-                loss, count = chosen.loss(rows, batch, num_items), chosen.count
+                loss, count = chosen.loss(rows, call, num_items), chosen.count
             if num_items is not None:  # this batch's share of the batches of a step
                 next_sentence = next_sentence * (count / at_least_one(num_items))
             loss = loss + next_sentence
         return hf.BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=None if skip else _padded(scores, batch),
+            prediction_logits=None if skip else _padded(scores, call),
             seq_relationship_logits=relation,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -171,18 +171,18 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         labels = _by_token(labels, input_ids, inputs_embeds)
         skip = _skips_logits(self, skip_logits, labels is not None)
         chosen = _LabelledTokens.of(self, labels) if skip else None
-        outputs, batch = _encode_rows(self, inputs, labels, kwargs)
+        outputs, call = _encode_rows(self, inputs, labels, kwargs)
         rows = outputs[0]
         loss = None
         if chosen is not None:
-            loss = chosen.loss(rows, batch, num_items)
+            loss = chosen.loss(rows, call, num_items)
         else:
             scores = self.cls(rows)
             if labels is not None:
-                loss = _token_loss(scores, batch, labels, num_items)[0]
+                loss = _token_loss(scores, call, labels, num_items)[0]
         return MaskedLMOutput(
             loss=loss,
-            logits=None if skip else _padded(scores, batch),
+            logits=None if skip else _padded(scores, call),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -249,7 +249,12 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
                 end_positions=end_positions,
                 **kwargs,
             )
-        if attention_mask is not None and attention_mask.dim() == 2 and not with_labels:
+        if (
+            attention_mask is not None
+            and attention_mask.dim() == 2
+            and not with_labels
+            and self.padding == "zeros"
+        ):
             padding = attention_mask.to(output.start_logits.device) == 0
             lowest = torch.finfo(output.start_logits.dtype).min
             output.start_logits = output.start_logits.masked_fill(padding, lowest)
@@ -282,10 +287,10 @@ def _encode_rows(
     inputs: tuple[Tensor | None, ...],
     labels: Tensor | None,
     kwargs: dict[str, Any],
-) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, PackedBatch | PaddedBatch | None]:
-    """The output of ``model.bert`` with packed rows as its hidden state, and their batch.
+) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, Call | None]:
+    """The output of ``model.bert`` with packed rows as its hidden state, and how they are packed.
 
-    The batch is None, and the hidden state padded, where the base model ran transformers' code, or
+    That is None, and the hidden state padded, where the base model ran transformers' code, or
     where the head or someone who watches the base model has to see padded tensors.
     """
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -299,25 +304,25 @@ def _encode_rows(
         keep_padding=not head_takes_rows or _labels_on_padding(labels, inputs[1]),
     ):
         outputs = bert(**dict(zip(names, inputs, strict=True)), return_dict=True, **kwargs)
-    return outputs, getattr(outputs, "batch", None)
+    return outputs, getattr(outputs, "call", None)
 
 
 def _token_loss(
     scores: Tensor,
-    batch: PackedBatch | PaddedBatch | None,
+    call: Call | None,
     labels: Tensor,
     num_items: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over labelled tokens, from packed or padded scores, and how many there are."""
     labels = labels.to(scores.device)
-    labels = labels.reshape(-1) if batch is None else batch.pack(labels)
+    labels = labels.reshape(-1) if call is None else call.batch.pack(labels)
     count = (labels != -100).sum()
     total = F.cross_entropy(scores.view(-1, scores.shape[-1]), labels, reduction="sum")
     return total / at_least_one(count if num_items is None else num_items), count
 
 
-def _padded(scores: Tensor, batch: PackedBatch | PaddedBatch | None) -> Tensor:
-    return scores if batch is None else batch.unpack(scores)
+def _padded(scores: Tensor, call: Call | None) -> Tensor:
+    return scores if call is None else call.padded(scores)
 
 
 class _LabelledTokens:
@@ -358,11 +363,9 @@ class _LabelledTokens:
         device = head.decoder.weight.device
         return cls(head, *labelled_rows(labels.to(device), head.decoder.weight.shape[0]))
 
-    def loss(
-        self, rows: Tensor, batch: PackedBatch | PaddedBatch | None, num_items: int | Tensor | None
-    ) -> Tensor:
+    def loss(self, rows: Tensor, call: Call | None, num_items: int | Tensor | None) -> Tensor:
         """From the hidden states, packed or padded."""
-        at = self.slots
+        at, batch = self.slots, None if call is None else call.batch
         if isinstance(batch, PackedBatch) and batch.indices is not None:
             at = torch.searchsorted(batch.indices, at)
         chosen = self._transformed(rows.reshape(-1, rows.shape[-1]).index_select(0, at))

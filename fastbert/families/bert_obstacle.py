@@ -18,7 +18,7 @@ from transformers.models.bert import modeling_bert as hf
 from . import known, modules
 from .drop_in import twin_of
 
-__all__ = ["call_obstacle", "look", "obstacle", "say_once"]
+__all__ = ["Found", "call_obstacle", "examine", "obstacle", "say_once"]
 
 _log = logging.getLogger("fastbert")
 _said: set[str] = set()
@@ -95,7 +95,7 @@ def _module_obstacle(model: hf.BertModel) -> str | None:
     return "the BertPooler has a hook" if reason is None and watched else reason
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """What was found out about the modules of a model.
 
     Attributes:
@@ -112,7 +112,7 @@ class _Found(NamedTuple):
 _LOOKED = "_fastbert_looked"
 
 
-def look(model: hf.BertModel) -> _Found:
+def _look(model: hf.BertModel) -> Found:
     """Look at the modules of a model, unless they are those that were looked at last time."""
     compiling = torch.compiler.is_compiling()
     looked = None if compiling else model.__dict__.get(_LOOKED)
@@ -126,7 +126,7 @@ def look(model: hf.BertModel) -> _Found:
         and known.row_wise(pooler.activation)
     )
     layers = [] if reason is not None else model.encoder.layer
-    found = _Found(
+    found = Found(
         reason, pools_rows, [(layer.__dict__, layer.attention.self.__dict__) for layer in layers]
     )
     if not compiling:
@@ -189,27 +189,35 @@ def call_obstacle(kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def obstacle(model: hf.BertModel) -> str | None:
-    """Why calls of this model run transformers' own code, or None if they can be packed."""
+def examine(model: hf.BertModel) -> Found:
+    """What is known of a model before a call: `Found`, with the reason why its calls run
+    transformers' own code, or None."""
     config = model.config
     if config.is_decoder:
-        return "decoder mode (config.is_decoder) is not packed"
+        return _no("decoder mode (config.is_decoder) is not packed")
     if getattr(config, "is_causal", None):
-        return "causal attention (config.is_causal) is not packed"
+        return _no("causal attention (config.is_causal) is not packed")
     reason = known.patched() or _attention_obstacle(config) or _watched_by_all()
     if reason is not None:
-        return reason
-    found = look(model)
-    if found.reason is not None:
-        return found.reason
+        return _no(reason)
+    found = _look(model)
     for layer, attention in found.settings:
         if layer["chunk_size_feed_forward"]:
-            return "config.chunk_size_feed_forward is set"
+            return _no("config.chunk_size_feed_forward is set")
         if attention["is_causal"]:
-            return "the attention of a layer is causal (is_causal)"
+            return _no("the attention of a layer is causal (is_causal)")
         if not isinstance(attention["scaling"], float | int):
-            return f"the scaling of a layer is a {type(attention['scaling']).__name__}"
-    return None
+            return _no(f"the scaling of a layer is a {type(attention['scaling']).__name__}")
+    return found
+
+
+def _no(reason: str) -> Found:
+    return Found(reason, False, [])
+
+
+def obstacle(model: hf.BertModel) -> str | None:
+    """Why calls of this model run transformers' own code, or None if they can be packed."""
+    return examine(model).reason
 
 
 def say_once(message: str) -> None:

@@ -10,7 +10,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .known import is_own
 
-__all__ = ["DropIn", "check_config", "set_options", "to_twins", "twin", "twin_of"]
+__all__ = ["DropIn", "check_config", "clear_options", "set_options", "to_twins", "twin", "twin_of"]
 
 # transformers' class -> the class that replaces it; families fill it with `twin`.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -75,18 +75,21 @@ class DropIn:
     """A transformers model that runs packed; comes first among the bases.
 
     Attributes:
+        padding: ``"zeros"``: hidden states at padding are zeros and nothing is computed there;
+            ``"keep"``: they are computed, as in transformers.
         skip_logits: whether training with labels computes the logits of labelled tokens only and
-            returns None in their place; `set_options` sets it.
+            returns None in their place.
     """
 
+    padding = "zeros"
     skip_logits = False
     _can_skip_logits = False  # whether there are logits over the vocabulary
 
-    def __init__(self, config, *args, skip_logits: bool = False, **kwargs):
+    def __init__(self, config, *args, padding: str = "zeros", skip_logits: bool = False, **kwargs):
         check_config(config)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
-        set_options(self, skip_logits=skip_logits)
+        set_options(self, padding=padding, skip_logits=skip_logits)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -94,33 +97,49 @@ class DropIn:
         ``use_safetensors=False``.
 
         A pickle can run code when it is opened, so asking for it is left to the caller. Beside
-        transformers' arguments it takes the options of `fastbert.accelerate` (``skip_logits``).
+        transformers' arguments it takes the options of `fastbert.accelerate`, ``padding`` and
+        ``skip_logits``.
         """
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def set_options(model: nn.Module, *, skip_logits: bool) -> list[DropIn]:
+def set_options(model: nn.Module, *, padding: str, skip_logits: bool) -> list[DropIn]:
     """Set what drop-in models inside ``model``, itself included, do otherwise than by default.
 
     Returns:
-        The modules that were set.
+        The modules that were set; `clear_options` takes it back.
 
     Raises:
-        ValueError: an option that none of them has.
+        ValueError: an unknown value, or an option that none of them has.
     """
-    if not skip_logits:
-        return []
-    able = [m for m in model.modules() if isinstance(m, DropIn) and m._can_skip_logits]
-    if not able:
+    if padding not in ("zeros", "keep"):
+        raise ValueError(f"padding: expected 'zeros' or 'keep', got {padding!r}")
+    inside = [m for m in model.modules() if isinstance(m, DropIn)]
+    able = [m for m in inside if m._can_skip_logits]
+    if skip_logits and not able:
         raise ValueError(
             "skip_logits: expected a model with a masked-LM head (BertForMaskedLM, "
             f"BertForPreTraining), got a {type(model).__name__}, which has no logits over the "
             "vocabulary to leave out"
         )
-    for module in able:
-        module.skip_logits = True
-    return able
+    changed = []
+    if skip_logits:
+        for module in able:
+            module.skip_logits = True
+        changed += able
+    if padding != DropIn.padding:
+        for module in inside:
+            module.padding = padding
+        changed += inside
+    return changed
+
+
+def clear_options(modules: list[DropIn]) -> None:
+    """Back to the defaults."""
+    for module in modules:
+        for name in ("padding", "skip_logits"):
+            module.__dict__.pop(name, None)
 
 
 def check_config(config) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import activations
 
 from ..encoder import Linear, Norm, Projection, Stacked
@@ -20,10 +21,10 @@ from . import known
 __all__ = [
     "activation_name",
     "dropout_p",
-    "fuse",
     "is_plain_embedding",
     "norm",
     "projection",
+    "stack",
 ]
 
 _ACTIVATIONS = {
@@ -36,17 +37,29 @@ _ACTIVATIONS = {
 }
 
 
+def _is_plain(t: Tensor | None) -> bool:
+    """Whether this is a dense tensor that kernels may read: not sparse, and no subclass with rules
+    of its own (a quantised or distributed one), which torch's functions know what to do with."""
+    return t is None or (
+        (type(t) is nn.Parameter or type(t) is Tensor or is_fake(t)) and t.layout is torch.strided
+    )
+
+
 def projection(module: nn.Module) -> Projection:
-    """A plain ``nn.Linear`` as its tensors, anything else as the function it is."""
+    """A plain ``nn.Linear`` of plain tensors as those, anything else as the function it is."""
     if known.plain(module, nn.Linear):
-        return Linear(module.weight, module.bias)
+        weight, bias = module.weight, module.bias
+        if _is_plain(weight) and _is_plain(bias):
+            return Linear(weight, bias)
     return module
 
 
 def norm(module: nn.Module) -> Norm | Callable[[Tensor], Tensor]:
     """A plain ``nn.LayerNorm`` over one dimension as its tensors, else the function it is."""
     if known.plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        return Norm(module.weight, module.bias, module.eps)
+        weight, bias = module.weight, module.bias
+        if _is_plain(weight) and _is_plain(bias):
+            return Norm(weight, bias, module.eps)
     return module
 
 
@@ -54,6 +67,7 @@ def is_plain_embedding(module: nn.Module) -> bool:
     """Whether a lookup in this table is a row of its weight, and the gradient a plain sum."""
     return (
         known.plain(module, nn.Embedding)
+        and _is_plain(module.weight)
         and module.max_norm is None
         and not module.sparse
         and not module.scale_grad_by_freq
@@ -74,73 +88,20 @@ def activation_name(module: Callable[[Tensor], Tensor]) -> str | Callable[[Tenso
     return _ACTIVATIONS.get(type(module), module)
 
 
-def fuse(parts: tuple[Projection, ...]) -> Linear | Stacked | tuple[Projection, ...]:
-    """Several linear layers over the same rows as one, where that is a gain.
+def stack(parts: tuple[Projection, ...]) -> Stacked | tuple[Projection, ...]:
+    """Several linear layers over the same rows as one product, where that is a gain.
 
-    On a GPU one product of three times the width beats three. In inference the weights are moved
-    next to each other in memory once, each parameter then being a view of its third: nothing is
-    cached that a later change of a weight, by whatever route, could leave behind. With gradients
-    they are concatenated in every call. On a CPU three products cost as much as one, for few tokens
-    up to a sixth more, and nothing is fused.
+    In training on the kernels one product of three times the width beats three, forward and
+    backward, and pays for joining the weights in every call. In inference it would not, and weights
+    stay where they are, whoever else may hold them: three products.
     """
-    if torch.compiler.is_compiling():  # a compiler may not move memory, and fuses by itself
+    if torch.compiler.is_compiling():  # a compiler fuses by itself
         return parts
     if not all(isinstance(p, Linear) and p.bias is not None for p in parts):
         return parts
     weights, biases = zip(*parts, strict=True)
     if resolve(weights[0].device) == "torch" and weights[0].device.type == "cpu":
-        return parts
-    if any(type(t) is not nn.Parameter for t in weights):
-        return parts
+        return parts  # three cost as much as one, for few tokens up to a sixth less
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
         return Stacked(weights, biases)
-    weight, bias = adjacent(weights), adjacent(biases)
-    if weight is None or bias is None:
-        if not (can_move(weights) and can_move(biases)):
-            return parts
-        weight, bias = make_adjacent(weights), make_adjacent(biases)
-    return Linear(weight, bias)
-
-
-def adjacent(tensors: tuple[Tensor, ...]) -> Tensor | None:
-    """The tensors as one, stacked along dimension 0, if memory already holds them so; else None."""
-    first = tensors[0]
-    storage = first.untyped_storage().data_ptr()
-    offset = first.storage_offset()
-    for t in tensors:
-        if (
-            t.untyped_storage().data_ptr() != storage
-            or t.storage_offset() != offset
-            or not t.is_contiguous()
-            or t.shape[1:] != first.shape[1:]
-            or t.dtype != first.dtype
-        ):
-            return None
-        offset += t.numel()
-    rows = sum(t.shape[0] for t in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def can_move(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether these parameters own their memory alone, so that nobody else would miss the move."""
-    first = tensors[0]
-    return len({id(t) for t in tensors}) == len(tensors) and all(
-        t.is_contiguous()
-        and t.dtype == first.dtype
-        and t.device == first.device
-        and not t.is_inference()
-        and not t.is_shared()
-        and t.storage_offset() == 0
-        and t.untyped_storage().nbytes() == t.numel() * t.element_size()
-        for t in tensors
-    )
-
-
-def make_adjacent(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Give parameters one memory block, in order; they keep their values and identity."""
-    # Not in inference mode, whoever calls: its tensors could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
-        block = torch.cat([t.detach() for t in tensors])
-        for t, view in zip(tensors, block.split([t.shape[0] for t in tensors]), strict=True):
-            t.data = view
-    return block
+    return parts

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
-from .backend import forced, resolve
+from .backend import forced, resolve, watched
 from .dropout import check_dropout, dropout_seed
 from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
 from .registry import define
@@ -503,7 +503,8 @@ def _sdpa(
     scale: float,
     unfused: bool,
 ) -> Tensor:
-    if unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling():
+    twice = unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling()
+    if twice or watched():
         # The context manager that chooses this for SDPA is for the whole process, not for a call.
         if mask is not None and mask.dtype == torch.bool:  # which it would add
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)

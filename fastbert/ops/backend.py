@@ -1,7 +1,9 @@
 """Which implementation of an op runs: the Triton kernels or plain torch.
 
 Nobody has to choose: tensors on a CUDA device take the kernels, everything else takes torch, and
-under Triton's interpreter (``TRITON_INTERPRET=1``) the kernels run anywhere. `backend` forces one
+under Triton's interpreter (``TRITON_INTERPRET=1``) the kernels run anywhere. Where a dispatch mode
+watches (a FLOP counter, one of the caller's own) torch's plain operations run, which it can read.
+`backend` forces one
 for a block of code, the environment variable ``FASTBERT_BACKEND`` for a process. A forced choice
 that cannot be met is an error; there is no fallback.
 """
@@ -16,12 +18,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["BACKENDS", "backend", "forced", "interpreting", "resolve", "unavailable"]
+__all__ = ["BACKENDS", "backend", "forced", "interpreting", "resolve", "unavailable", "watched"]
 
 BACKENDS = ("torch", "triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)  # below it there is no bf16 matrix unit and no asynchronous copy
+
+_num_modes = torch._C._len_torch_dispatch_stack
 
 # What was found out about this process; a dict, because torch.compile cannot see into lru_cache.
 _known: dict[Any, Any] = {}
@@ -99,6 +104,17 @@ def forced() -> str | None:
     return _choice.name or _from_environment()
 
 
+def watched() -> bool:
+    """Whether a dispatch mode is active that reads operations, and knows only torch's plain ones.
+
+    torch's own other modes (fake tensors, tracing, activation checkpointing) take any operator.
+    """
+    if torch.compiler.is_compiling() or not _num_modes():
+        return False
+    modules = [type(mode).__module__ for mode in _get_current_dispatch_mode_stack()]
+    return any(m == "torch.utils.flop_counter" or not m.startswith("torch.") for m in modules)
+
+
 def resolve(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend for ops on tensors of ``device``: ``"triton"`` or ``"torch"``.
 
@@ -115,7 +131,7 @@ def resolve(device: torch.device, dtype: torch.dtype | None = None) -> str:
     reason = unavailable(device.type, device.index)
     if reason is None:
         if dtype is None or dtype in _DTYPES:
-            return "triton"
+            return "torch" if chosen is None and watched() else "triton"
         if chosen == "triton":
             raise NotImplementedError(
                 f"backend: 'triton' was asked for, but the kernels compute fp32, fp16 and bf16, "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import resolve
+from .backend import resolve, watched
 from .gradient import trains_on_kernels, wants_gradient
 from .layernorm import layer_norm
 from .linear_gradient import feed_forward_function, linear_function
@@ -336,6 +336,7 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn_linear()
         and resolve(x.device) == "torch"
+        and not watched()
     )
 
 
