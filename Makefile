@@ -8,11 +8,12 @@ WORKERS ?= 2
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick bench lint clean python
+.PHONY: help demo test test-transformers quick bench lint clean python
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
 	@echo "make test    the whole test suite, in ten minutes"
+	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
 	@echo "make bench   fastbert against everything else that runs here, in under ten minutes"
 	@echo "make lint    ruff check and ruff format --check"
@@ -23,6 +24,9 @@ demo: .venv-demo/.installed
 
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-transformers: .venv-test/.installed
+	$(THREADS) .venv-test/bin/python tests/upstream/run.py -n $(WORKERS)
 
 quick: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"

@@ -26,6 +26,7 @@ BENCH = [
 TEST = [
     *BENCH,
     "build>=1.2",
+    "parameterized>=0.9",
     "peft>=0.17",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

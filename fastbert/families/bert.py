@@ -7,8 +7,7 @@ attention mask would be, and unpacks; `BertLayer.forward` sees the `Call` and co
 on packed rows. Any other call goes to transformers' code, unchanged.
 """
 
-from __future__ import annotations
-
+# Annotations are objects here, not strings: tools read them of a model's forward.
 import threading
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
 from ..encoder import LayerWeights, encode_layer
@@ -32,6 +31,9 @@ from .bert_obstacle import call_obstacle, examine, say_once
 from .drop_in import DropIn, twin
 
 __all__ = ["BertLayer", "BertModel", "Call", "requesting"]
+
+# Newer versions of transformers take indices for output_hidden_states, older ones a flag.
+_SELECTS = hasattr(output_capturing, "selected_hidden_states")
 
 
 class _Request(threading.local):
@@ -73,10 +75,11 @@ class Call(NamedTuple):
 
     batch: PackedBatch | PaddedBatch
     keep_padding: bool
-    hidden_states: list[Tensor] | None
+    hidden_states: list[Tensor | None] | None
     attentions: list[Tensor] | None
+    selected: set[int] | None = None  # the hidden states that are wanted, if not all
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Call":
         """For models that are spread over several devices: accelerate's hooks call it."""
         return self._replace(batch=self.batch.to(device, non_blocking=non_blocking))
 
@@ -86,13 +89,19 @@ class Call(NamedTuple):
             return self.batch.view(rows)
         return self.batch.unpack(rows)
 
-    def show(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states as the caller gets them, and the rows to go on with, which are made from
-        them where a gradient is wanted."""
-        shown = self.padded(rows)
-        return shown, self._resume(shown, rows)
+    def record(self, rows: Tensor) -> Tensor:
+        """Keep the next hidden states, if they are wanted; gives the rows to go on with."""
+        states = self.hidden_states
+        if states is None:
+            return rows
+        if self.selected is not None and len(states) not in self.selected:
+            states.append(None)
+            return rows
+        states.append(self.padded(rows))
+        return self._resume(states[-1], rows)
 
     def _resume(self, shown: Tensor, rows: Tensor) -> Tensor:
+        """Rows again, which are made from what is shown where a gradient is wanted."""
         if not (torch.is_grad_enabled() and rows.requires_grad):
             return rows
         again = self.batch.pack(shown)
@@ -102,7 +111,7 @@ class Call(NamedTuple):
         return again
 
     def first(self, shown: Tensor | None, rows: Tensor) -> Tensor:
-        """``[B, 1, E]``, all that BERT's pooler reads; made from what is shown, as in `show`."""
+        """``[B, 1, E]``, all that BERT's pooler reads; made from what is shown."""
         if shown is not None:
             if isinstance(self.batch, PackedBatch) and self.batch.indices is not None:
                 return shown[:, :1]
@@ -127,10 +136,7 @@ class BertLayer(hf.BertLayer):
         # Outside of forward, which activation checkpointing may run without a graph.
         output = super().__call__(*args, **kwargs)
         call = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if isinstance(call, Call) and call.hidden_states is not None:
-            shown, output = call.show(output)
-            call.hidden_states.append(shown)
-        return output
+        return call.record(output) if isinstance(call, Call) else output
 
     def forward(
         self,
@@ -173,6 +179,14 @@ def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
         hidden_dropout=modules.dropout_p(mixed.dropout) or 0.0,
         output_dropout=modules.dropout_p(output.dropout) or 0.0,
     )
+
+
+def _selected(hidden_states: bool | int | list[int] | None, count: int) -> set[int] | None:
+    """Which of ``count`` hidden states ``output_hidden_states`` selects, None for all or none."""
+    if isinstance(hidden_states, bool | None) or not _SELECTS:
+        return None
+    indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
+    return {i % count for i in indices if -count <= i < count}
 
 
 def _zero_padding(
@@ -281,24 +295,24 @@ class BertModel(DropIn, hf.BertModel):
             self, x, attention_mask, position_ids, kwargs, keep_padding=keep_padding or foreign
         )
         call = Call(
-            batch, keep_padding, [] if want_hidden else None, [] if want_attentions else None
+            batch,
+            keep_padding,
+            [] if want_hidden else None,
+            [] if want_attentions else None,
+            _selected(want_hidden, len(self.encoder.layer) + 1),
         )
         rows = embed_rows(
             self.embeddings, batch, input_ids, token_type_ids, position_ids, inputs_embeds
         )
-        if want_hidden:
-            shown, rows = call.show(rows)
-            call.hidden_states.append(shown)
+        rows = call.record(rows)
         # transformers' recorders would see packed rows; the call records what is wanted itself.
         token = _active_collector.set({})
         try:
             rows = self.encoder(rows, attention_mask=call).last_hidden_state
         finally:
             _active_collector.reset(token)
-        last, pooled = None, None
-        if want_hidden:
-            last = call.hidden_states[-1]
-        elif not as_rows:
+        last, pooled = call.hidden_states[-1] if want_hidden else None, None
+        if last is None and not as_rows:
             last = call.padded(rows)
         if self.pooler is not None:
             pooled = self.pooler(call.whole(last, rows) if foreign else call.first(last, rows))

@@ -4,8 +4,6 @@ Where a parent's forward does the right thing with padded hidden states it stays
 masked-LM head runs on real tokens, and with ``skip_logits`` on labelled ones (`_LabelledTokens`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -338,7 +336,7 @@ class _LabelledTokens:
         self.count, self.decoder = labels.shape[0], head.decoder
 
     @classmethod
-    def of(cls, model: nn.Module, labels: Tensor) -> _LabelledTokens | None:
+    def of(cls, model: nn.Module, labels: Tensor) -> "_LabelledTokens | None":
         """What has a label, before anything is computed; None where the whole head has to run.
 
         That is under a compiler, where shapes may not depend on labels, and where the head is not

@@ -171,11 +171,8 @@ def call_obstacle(kwargs: dict[str, Any]) -> str | None:
     Args:
         kwargs: what the call has beside the arguments of an encoder.
     """
-    hidden = kwargs.get("output_hidden_states")
     if kwargs.get("is_causal"):
         return "causal attention (is_causal) is not packed"
-    if not isinstance(hidden, bool | None):
-        return "output_hidden_states selects by index"
     if kwargs.get("debug_io"):
         return "debug_io traces transformers' modules"
     if torch.compiler.is_compiling():
