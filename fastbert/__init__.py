@@ -3,7 +3,8 @@
 ``from fastbert import BertModel`` in place of ``from transformers import BertModel``, or
 ``fastbert.accelerate(model)`` on a model that is already loaded.
 
-Importing this package imports nothing else: names are resolved on first use.
+Importing this package imports nothing else: names are resolved on first use. Names of transformers
+that need no acceleration (``BertConfig``, ``BertTokenizer``, ``Trainer``) give its own objects.
 """
 
 import importlib
@@ -47,11 +48,13 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")) and os.path.isfile(
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"fastbert.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name[:1].isupper() or name == "pipeline":  # what people import beside a model
+        return importlib.import_module("fastbert.families.borrowed").from_transformers(name)
+    raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
 from .families.bert_obstacle import obstacle
@@ -108,9 +109,11 @@ def accelerate(
         )
     encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, TheirBertModel)]
     if not encoders:
+        found = [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)]
+        inside = f"one with a {found[-1]}" if found else f"a {type(model).__name__} without one"
         raise ValueError(
-            f"accelerate: expected a model with a transformers BertModel inside, got "
-            f"{type(model).__name__} without one; BERT is the family that is covered"
+            f"accelerate: expected a model with a transformers BertModel inside, got {inside}; "
+            "BERT is the family that is covered"
         )
     for _, encoder in encoders:
         check_config(encoder.config)

@@ -139,7 +139,7 @@ def test_accelerate_finds_bert_inside_other_modules():
 
 
 def test_accelerate_says_what_it_cannot_do(caplog):
-    with pytest.raises(ValueError, match="BertModel inside, got Linear"):
+    with pytest.raises(ValueError, match="BertModel inside, got a Linear"):
         fastbert.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got str"):
         fastbert.accelerate("bert-base-uncased")

@@ -355,3 +355,46 @@ def test_attentions_of_packed_sequences_are_apart(device, each_backend):
             assert shown[..., :5, :5].any() and shown[..., 5:, 5:].any()
         torch.manual_seed(3)
         torch.testing.assert_close(ours(ids, cu_seq_lens_q=ends)[0], output[0])
+
+
+# What rules a forward pass rules what backward computes again
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "torch's wrapper"])
+def test_a_forced_backend_rules_the_recomputation(how, device, each_backend, monkeypatch):
+    from fastbert.families import bert
+
+    _, ours, inputs = masked_lm(device)
+    if how == "torch's wrapper":
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+        wrapping.apply_activation_checkpointing(
+            ours, check_fn=lambda module: isinstance(module, bert.BertLayer)
+        )
+    else:
+        enable = getattr(ours, "activation_checkpointing_enable", None)
+        (enable or ours.gradient_checkpointing_enable)({"use_reentrant": how == "reentrant"})
+        ours.enable_input_require_grads()
+    seen = []
+    real = bert.encode_layer
+    monkeypatch.setattr(
+        bert, "encode_layer", lambda *args: (seen.append(bert.forced()), real(*args))[1]
+    )
+    for choice in ("torch", each_backend):
+        with fastbert.backend(choice):
+            loss = ours(**inputs).loss
+        with fastbert.backend("torch" if choice != "torch" else None):
+            loss.backward()
+        assert seen == [choice] * 4  # two layers, forward and again
+        seen.clear()
+
+
+def test_a_function_that_names_the_backend_can_be_pickled_with_its_globals():
+    """As dill does with recurse=True, which datasets uses for its fingerprints."""
+    import pickle
+
+    from fastbert.families import bert
+    from fastbert.ops import backend
+
+    assert pickle.loads(pickle.dumps(backend._choice)) is backend._choice
+    assert pickle.loads(pickle.dumps(bert._request)) is bert._request

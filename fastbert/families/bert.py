@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
 from ..encoder import LayerWeights, encode_layer
+from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
 from .bert_inputs import check_inputs, embed_rows, make_batch
@@ -48,6 +49,9 @@ class _Request(threading.local):
     of: hf.BertModel | None = None
     rows: bool = False
     keep_padding: bool = False
+
+    def __reduce__(self) -> str:
+        return "_request"  # as in `fastbert.ops.backend`
 
 
 _request = _Request()
@@ -77,7 +81,8 @@ class Call(NamedTuple):
     keep_padding: bool
     hidden_states: list[Tensor | None] | None
     attentions: list[Tensor] | None
-    selected: set[int] | None = None  # the hidden states that are wanted, if not all
+    selected: set[int] | None  # the hidden states that are wanted, if not all
+    backend: str | None  # what was forced, which also rules what checkpointing computes again
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Call":
         """For models that are spread over several devices: accelerate's hooks call it."""
@@ -157,7 +162,14 @@ class BertLayer(hf.BertLayer):
                 **kwargs,
             )
         call = attention_mask
-        return encode_layer(hidden_states, call.batch, _layer_weights(self), call.attentions)
+        if call.backend != forced():  # backward computes the layer again
+            with backend(call.backend):
+                return _encode(self, hidden_states, call)
+        return _encode(self, hidden_states, call)
+
+
+def _encode(layer: BertLayer, rows: Tensor, call: Call) -> Tensor:
+    return encode_layer(rows, call.batch, _layer_weights(layer), call.attentions)
 
 
 def _layer_weights(layer: hf.BertLayer) -> LayerWeights:
@@ -300,6 +312,7 @@ class BertModel(DropIn, hf.BertModel):
             [] if want_hidden else None,
             [] if want_attentions else None,
             _selected(want_hidden, len(self.encoder.layer) + 1),
+            forced(),
         )
         rows = embed_rows(
             self.embeddings, batch, input_ids, token_type_ids, position_ids, inputs_embeds

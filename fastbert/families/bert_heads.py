@@ -4,6 +4,9 @@ Where a parent's forward does the right thing with padded hidden states it stays
 masked-LM head runs on real tokens, and with ``skip_logits`` on labelled ones (`_LabelledTokens`).
 """
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -68,6 +71,27 @@ def _labels_on_padding(labels: Tensor | None, attention_mask: Tensor | None) -> 
     if torch.compiler.is_compiling():
         return True  # padding is kept then, so keeping it costs nothing
     return bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any())
+
+
+def _a_share_of_the_step(forward: Callable) -> Callable:
+    """transformers' forward of a head whose loss is a mean over ``labels``, as the sum of them over
+    ``num_items_in_batch`` where a caller gives that: this batch's share of a step of several."""
+    place = [*inspect.signature(forward).parameters].index("labels") - 1  # without self
+
+    @wraps(forward)
+    def shared(self, *args, num_items_in_batch: int | Tensor | None = None, **kwargs):
+        labels = args[place] if len(args) > place else kwargs.get("labels")
+        if labels is None or num_items_in_batch is None:
+            return forward(self, *args, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        output = forward(self, *args, return_dict=True, **kwargs)
+        count = (labels != -100).sum().to(output.loss.device)
+        # Without any label the mean is NaN, and the share nothing.
+        output.loss = output.loss.masked_fill(count == 0, 0.0) * (count / num_items_in_batch)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    return shared
 
 
 def _skips_logits(model: DropIn, asked: bool | None, has_labels: bool) -> bool:
@@ -201,17 +225,22 @@ class BertForTokenClassification(DropIn, hf.BertForTokenClassification):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | TokenClassifierOutput:
+        num_items = kwargs.pop("num_items_in_batch", None)
         labels = _by_token(labels, input_ids, inputs_embeds)
         with requesting(self.bert, keep_padding=_labels_on_padding(labels, attention_mask)):
-            return super().forward(
+            output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
+                return_dict=True,
                 **kwargs,
             )
+        if labels is not None and num_items is not None:
+            output.loss = _token_loss(output.logits, None, labels, num_items)[0]
+        return output
 
 
 @twin
@@ -245,6 +274,7 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
                 inputs_embeds=inputs_embeds,
                 start_positions=start_positions,
                 end_positions=end_positions,
+                return_dict=True,
                 **kwargs,
             )
         if (
@@ -264,15 +294,21 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
 class BertForSequenceClassification(DropIn, hf.BertForSequenceClassification):
     """``transformers.BertForSequenceClassification``."""
 
+    forward = _a_share_of_the_step(hf.BertForSequenceClassification.forward)
+
 
 @twin
 class BertForMultipleChoice(DropIn, hf.BertForMultipleChoice):
     """``transformers.BertForMultipleChoice``; every choice is a sequence of its own length."""
 
+    forward = _a_share_of_the_step(hf.BertForMultipleChoice.forward)
+
 
 @twin
 class BertForNextSentencePrediction(DropIn, hf.BertForNextSentencePrediction):
     """``transformers.BertForNextSentencePrediction``."""
+
+    forward = _a_share_of_the_step(hf.BertForNextSentencePrediction.forward)
 
 
 @twin

@@ -56,9 +56,10 @@ _PARTS_OF_A_LAYER = (  # an owner before what is inside it
 
 def _layer_obstacle(layer: nn.Module) -> str | None:
     """Why the modules of this layer cannot take packed rows, or None."""
+    outer, layer = layer, known.unwrapped(layer)
     if not known.untouched(layer, twin_of(hf.BertLayer)):
         return _replaced(layer, "BertLayer")
-    if known.user_hook(layer):
+    if known.user_hook(layer) or known.user_hook(outer):
         return "a BertLayer has a hook"
     for name, cls, children in _PARTS_OF_A_LAYER:
         part = layer.get_submodule(name)
@@ -125,7 +126,7 @@ def _look(model: hf.BertModel) -> Found:
         and known.row_wise(pooler.dense)
         and known.row_wise(pooler.activation)
     )
-    layers = [] if reason is not None else model.encoder.layer
+    layers = [] if reason is not None else map(known.unwrapped, model.encoder.layer)
     found = Found(
         reason, pools_rows, [(layer.__dict__, layer.attention.self.__dict__) for layer in layers]
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copyreg
 
 from torch import nn
+from transformers import BertConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .borrowed import class_for
 from .known import is_own
 
 __all__ = ["DropIn", "check_config", "clear_options", "set_options", "to_twins", "twin", "twin_of"]
@@ -100,6 +102,7 @@ class DropIn:
         transformers' arguments it takes the options of `fastbert.accelerate`, ``padding`` and
         ``skip_logits``.
         """
+        _check_type(cls, pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -142,13 +145,38 @@ def clear_options(modules: list[DropIn]) -> None:
             module.__dict__.pop(name, None)
 
 
+def _check_type(cls: type[DropIn], source, kwargs: dict) -> None:
+    """Refuse a checkpoint of another family, whose weights may well fit and compute nonsense.
+
+    Raises:
+        ValueError: another ``model_type``.
+    """
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        kind = config.model_type
+    else:
+        kind = PreTrainedConfig.get_config_dict(config or source, **kwargs)[0].get("model_type")
+    expected = cls.config_class.model_type
+    if kind in (None, expected) or isinstance(config, cls.config_class):
+        return
+    raise ValueError(
+        f"{cls.__name__}: expected a checkpoint of type {expected!r}, got {kind!r} in {source!r}; "
+        f"transformers.{class_for(cls.__name__, kind)} is the class for it"
+    )
+
+
 def check_config(config) -> None:
     """Refuse a config that asks for something BERT in transformers 5 would silently leave out.
 
     Raises:
+        ValueError: a config of another family.
         NotImplementedError: relative position embeddings, which transformers 5 no longer has for
         BERT.
     """
+    if not isinstance(config, BertConfig):
+        raise ValueError(
+            f"fastbert: expected a transformers.BertConfig, got a {type(config).__name__}"
+        )
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise NotImplementedError(

@@ -22,7 +22,16 @@ import transformers.pytorch_utils
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-__all__ = ["Looked", "is_own", "patched", "plain", "row_wise", "untouched", "user_hook"]
+__all__ = [
+    "Looked",
+    "is_own",
+    "patched",
+    "plain",
+    "row_wise",
+    "untouched",
+    "unwrapped",
+    "user_hook",
+]
 
 # Each works on the last dimension alone, or element by element.
 _ROW_WISE = (
@@ -112,6 +121,17 @@ def is_own(cls: type, base: type) -> bool:
             if name not in ("__dict__", "__weakref__")
         )
     return known
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside torch's wrapper for activation checkpointing, which hands on all it gets."""
+    while (
+        type(module).__name__ == "CheckpointWrapper"
+        and type(module).__module__.startswith("torch.distributed.")
+        and "forward" not in module.__dict__
+    ):
+        module = module._checkpoint_wrapped_module
+    return module
 
 
 def untouched(module: nn.Module, base: type) -> bool:

@@ -26,14 +26,15 @@ BACKENDS = ("torch", "triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)  # below it there is no bf16 matrix unit and no asynchronous copy
 
-_num_modes = torch._C._len_torch_dispatch_stack
-
 # What was found out about this process; a dict, because torch.compile cannot see into lru_cache.
 _known: dict[Any, Any] = {}
 
 
 class _Choice(threading.local):
     name: str | None = None
+
+    def __reduce__(self) -> str:
+        return "_choice"  # picklers that follow a function's globals find the one of this module
 
 
 _choice = _Choice()
@@ -109,7 +110,7 @@ def watched() -> bool:
 
     torch's own other modes (fake tensors, tracing, activation checkpointing) take any operator.
     """
-    if torch.compiler.is_compiling() or not _num_modes():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     modules = [type(mode).__module__ for mode in _get_current_dispatch_mode_stack()]
     return any(m == "torch.utils.flop_counter" or not m.startswith("torch.") for m in modules)

@@ -1,0 +1,68 @@
+"""Checkpoints and names that are not BERT's: refused, or transformers' own."""
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 99,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("BertModel", "RobertaModel"), ("BertForMaskedLM", "RobertaForMaskedLM"),
+     ("BertForSequenceClassification", "RobertaForSequenceClassification")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_family_is_refused(ours, theirs, tmp_path):
+    """Its weights would fit, and its positions would be others."""
+    config = transformers.RobertaConfig(**SIZES)
+    getattr(transformers, theirs)(config).save_pretrained(tmp_path)
+    message = f"type 'bert', got 'roberta' .*transformers.{theirs} is the class"
+    with pytest.raises(ValueError, match=message):
+        getattr(fastbert, ours).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        getattr(fastbert, ours).from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match="BertConfig, got a RobertaConfig"):
+        getattr(fastbert, ours)(config)
+
+
+def test_a_config_of_ones_own_loads(tmp_path):
+    class MyConfig(transformers.BertConfig):
+        model_type = "my-bert"
+
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    config = MyConfig(**SIZES)
+    loaded = fastbert.BertModel.from_pretrained(tmp_path, config=config)
+    assert type(loaded.config) is MyConfig
+    assert fastbert.BertModel(config).config.model_type == "my-bert"
+
+
+def test_accelerate_names_what_it_found():
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))
+
+    with pytest.raises(ValueError, match="got one with a RobertaModel; BERT is the family"):
+        fastbert.accelerate(Mine())
+
+
+def test_what_stands_beside_a_model_is_transformers_own():
+    from fastbert import AutoTokenizer, BertConfig, BertTokenizer, Trainer
+
+    assert BertConfig is transformers.BertConfig and Trainer is transformers.Trainer
+    assert BertTokenizer is transformers.BertTokenizer
+    assert AutoTokenizer is transformers.AutoTokenizer
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM", "RobertaModel", "pipeline"])
+def test_another_model_is_not_imported_in_silence(name):
+    with pytest.raises(ImportError, match=rf"fastbert has no {name}: .*fastbert\.accelerate"):
+        exec(f"from fastbert import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
+        exec("from fastbert import Nonsense")
+    assert not hasattr(fastbert, "nonsense")
