@@ -240,6 +240,39 @@ def test_masks_in_the_bias_stop_gradients(device):
     assert not dbias[..., 3].any() and not dbias[:, :, 5].any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_lowest_numbers_are_rows_of_equals(dtype, masked, device):
+    """finfo.min for all keys of a query gives each the same weight, as in torch and in fp64; -10000
+    changes nothing; -inf masks beside either. Values and every gradient."""
+    b, h, sq, sk, d = 2, 2, 7, 33, 16
+    q, k, v = (torch.randn(b, h, s, d).to(device, dtype) for s in (sq, sk, sk))
+    bias = torch.randn(b, h, sq, sk, device=device)
+    lowest = torch.finfo(torch.float32).min
+    bias[:, :, 1] = lowest
+    bias[:, :, 2] = lowest
+    bias[:, :, 2, ::3] = -torch.inf
+    bias[:, :, 3] -= 10000.0
+    bias[:, :, 4, ::2] = lowest  # beside usual ones: nothing
+    bias[:, :, 5] = -torch.inf
+    mask = None
+    if masked:
+        mask = (torch.arange(sk) < torch.tensor([20, 33])[:, None]).to(device)
+        bias[:, :, 6] = torch.where(mask[:, None], lowest, 0.0)  # what is masked does not count
+    upstream = torch.randn(b, h, sq, d).to(device, dtype)
+    grads = check_gradients(
+        lambda q, k, v, bias: ops.attention(q, k, v, key_mask=mask, bias=bias),
+        lambda q, k, v, bias: attention_ref(q, k, v, mask, bias, operands=dtype),
+        (q, k, v, bias.to(dtype) if dtype != torch.float16 else bias.clamp(-6e4).to(dtype)),
+        upstream,
+        f"lowest numbers, masked {masked}",
+    )
+    assert all(g.isfinite().all() for g in grads)
+    if dtype == torch.float32 and not masked:
+        out = ops.attention(q, k, v, bias=bias)
+        torch.testing.assert_close(out[:, :, 1], v.mean(2), atol=1e-6, rtol=1e-5)
+
+
 def test_a_bias_of_another_dtype_gets_its_own(device):
     """An fp32 bias, as a relative position table is under autocast, with 16-bit heads."""
     q, k, v = torch.randn(3, 2, 2, 9, 16).to(device, torch.bfloat16).requires_grad_().unbind(0)

@@ -22,6 +22,9 @@ from .registry import define
 __all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of"]
 
 _MAX_HEAD_SIZE = 128
+# Levels of a row of the bias: from here its sum's logarithm loses more than its last bits, from
+# here nothing is left of the scores in fp64 either, and what tells the kernels so.
+_LOW, _DROWNED, _ALIKE = -64.0, -(2.0**60), 2.0**100
 _MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
 
 
@@ -228,9 +231,11 @@ class _AttentionVarlen(torch.autograd.Function):
 class _AttentionPadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
-        out, lse = _attention_padded(q, k, v, key_mask, _full(bias, q, k), scale, dropout_p, seed)
-        ctx.save_for_backward(q, k, v, out, lse, key_mask, bias, seed)
+        kept = _leveled(bias, key_mask)
+        out, lse = _attention_padded(q, k, v, key_mask, _full(kept, q, k), scale, dropout_p, seed)
+        ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.bias_shape = None if bias is None else bias.shape
         return out
 
     @staticmethod
@@ -242,8 +247,28 @@ class _AttentionPadded(torch.autograd.Function):
             rows_contiguous(do), q, k, v, out, lse, key_mask, _full(bias, q, k), ctx.scale,
             ctx.dropout_p, seed, wanted,
         )  # fmt: skip
-        dbias = dbias.sum_to_size(bias.shape).to(bias.dtype) if wanted else None
+        dbias = dbias.sum_to_size(ctx.bias_shape).to(bias.dtype) if wanted else None
         return dq, dk, dv, None, dbias, None, None, None
+
+
+def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
+    """A bias for the kernels, none of whose rows is far below zero as a whole.
+
+    A row of -10000 masks nothing: softmax does not see a shift of a row, but the logarithm of its
+    sum, from which backward makes the weights, would lose its last digits. In rows of ``finfo.min``
+    the scores drown: its best keys are alike, and ``bias * log2(e)`` would overflow.
+    """
+    if bias is None or bias.shape[-1] == 0:
+        return bias
+    seen = bias
+    if key_mask is not None:
+        seen = bias.masked_fill(~key_mask[:, None, None, :], -math.inf)
+    level = seen.amax(-1, keepdim=True)
+    finite = level > -math.inf
+    drowned = (level < _DROWNED) & finite
+    bias_of_others = bias - torch.where((level < _LOW) & finite & ~drowned, level, 0.0)
+    alike = torch.where(bias == level, _ALIKE, -math.inf)
+    return torch.where(drowned, alike.to(bias.dtype), bias_of_others)
 
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -446,7 +471,8 @@ def attention(
         seed = dropout_seed(q.device)
     if wants_gradient(q, k, v, bias):
         return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
-    return _attention_padded(q, k, v, key_mask, _full(bias, q, k), scale, dropout_p, seed)[0]
+    full = _full(_leveled(bias, key_mask), q, k)
+    return _attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
