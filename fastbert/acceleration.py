@@ -11,6 +11,7 @@ from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
 from .families.bert_obstacle import obstacle
 from .families.drop_in import DropIn, check_config, clear_options, set_options, to_twins
+from .families.in_flight import changing
 from .models import BertModel
 
 __all__ = ["Acceleration", "accelerate"]
@@ -42,10 +43,11 @@ class Acceleration:
 
     def undo(self) -> nn.Module:
         """Give every module its own class back, and take back the options. Harmless when done
-        twice."""
-        clear_options(self._options)
-        _back(self._changed)
-        self._changed, self._options = [], []
+        twice; waits for calls that other threads are inside of."""
+        with changing([module for module, _ in self._changed] + self._options):
+            clear_options(self._options)
+            _back(self._changed)
+            self._changed, self._options = [], []
         return self.model
 
     def __enter__(self) -> Acceleration:
@@ -78,9 +80,9 @@ def accelerate(
 
     The model may be a transformers BERT with any head, or anything that contains one: a
     ``SentenceTransformer``, a ``CrossEncoder``, a PEFT model, a module of your own. Modules get
-    the class of their drop-in twin (``fastBertModel`` and so on), nothing is wrapped and
+    the class of their drop-in twin (`fastbert.BertModel` and so on), nothing is wrapped and
     nothing is copied, so hooks, optimizers and references that exist stay good. Doing it twice
-    changes nothing.
+    changes nothing. A call that another thread is inside of finishes as it began, before that.
 
     Args:
         model: a module on any device, in any dtype.
@@ -117,12 +119,13 @@ def accelerate(
         )
     for _, encoder in encoders:
         check_config(encoder.config)
-    changed = to_twins(model)
-    try:
-        options = set_options(model, padding=padding, skip_logits=skip_logits)
-    except ValueError:
-        _back(changed)
-        raise
+    with changing(model.modules()):
+        changed = to_twins(model)
+        try:
+            options = set_options(model, padding=padding, skip_logits=skip_logits)
+        except ValueError:
+            _back(changed)
+            raise
     notes = []
     for name, encoder in encoders:
         where = name or type(encoder).__name__

@@ -397,4 +397,4 @@ def test_a_function_that_names_the_backend_can_be_pickled_with_its_globals():
     from fastbert.ops import backend
 
     assert pickle.loads(pickle.dumps(backend._choice)) is backend._choice
-    assert pickle.loads(pickle.dumps(bert._request)) is bert._request
+    assert pickle.loads(pickle.dumps(bert._of_thread)) is bert._of_thread

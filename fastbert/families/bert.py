@@ -37,7 +37,7 @@ __all__ = ["BertLayer", "BertModel", "Call", "requesting"]
 _SELECTS = hasattr(output_capturing, "selected_hidden_states")
 
 
-class _Request(threading.local):
+class _Request:
     """What a head asks of its encoder's next call, beside the arguments that everybody sees.
 
     Attributes:
@@ -46,15 +46,25 @@ class _Request(threading.local):
         keep_padding: compute hidden states at padding, as transformers does.
     """
 
-    of: hf.BertModel | None = None
-    rows: bool = False
-    keep_padding: bool = False
+    def __init__(self):
+        self.of: hf.BertModel | None = None
+        self.rows = self.keep_padding = False
+
+
+class _OfThread(threading.local):
+    def __init__(self):
+        self.request = _Request()
 
     def __reduce__(self) -> str:
-        return "_request"  # as in `fastbert.ops.backend`
+        return "_of_thread"  # as in `fastbert.ops.backend`
 
 
-_request = _Request()
+_of_thread = _OfThread()
+_of_compiler = _Request()  # which does not understand what belongs to a thread
+
+
+def _current_request() -> _Request:
+    return _of_compiler if torch.compiler.is_compiling() else _of_thread.request
 
 
 @contextmanager
@@ -65,13 +75,14 @@ def requesting(encoder: nn.Module, *, rows: bool = False, keep_padding: bool = F
     between sees what transformers would give.
     """
     known_one = known.untouched(encoder, BertModel)
-    before = _request.of, _request.rows, _request.keep_padding
-    _request.of = encoder if known_one else None
-    _request.rows, _request.keep_padding = rows and known_one, keep_padding
+    request = _current_request()
+    before = request.of, request.rows, request.keep_padding
+    request.of = encoder if known_one else None
+    request.rows, request.keep_padding = rows and known_one, keep_padding
     try:
         yield
     finally:
-        _request.of, _request.rows, _request.keep_padding = before
+        request.of, request.rows, request.keep_padding = before
 
 
 class Call(NamedTuple):
@@ -247,9 +258,10 @@ class BertModel(DropIn, hf.BertModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | BaseModelOutputWithPoolingAndCrossAttentions:
-        asked = _request.of is None or _request.of is self
-        as_rows = asked and _request.rows
-        keep_padding = self.padding == "keep" or (asked and _request.keep_padding)
+        request = _current_request()
+        asked = request.of is None or request.of is self
+        as_rows = asked and request.rows
+        keep_padding = self.padding == "keep" or (asked and request.keep_padding)
         if kwargs.pop("skip_logits", None):
             raise TypeError(
                 "skip_logits: expected a call of a masked-LM head, got one of a model without "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copyreg
 
+import torch
 from torch import nn
 from transformers import BertConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .borrowed import class_for
+from .in_flight import calling
 from .known import is_own
 
 __all__ = ["DropIn", "check_config", "clear_options", "set_options", "to_twins", "twin", "twin_of"]
@@ -92,6 +94,14 @@ class DropIn:
         super().__init__(config, *args, **kwargs)
         to_twins(self)
         set_options(self, padding=padding, skip_logits=skip_logits)
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with calling(self):
+            if not isinstance(self, DropIn):  # undone between the lookup of this and here
+                return self(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
