@@ -87,7 +87,7 @@ def test_large_scores_stay_finite(device):
         check_varlen(q * 30, k * 30, v, [130, 20])
 
 
-def test_sequence_does_not_depend_on_neighbours_bit_for_bit(device):
+def test_a_sequence_does_not_depend_on_its_place_in_a_batch_bit_for_bit(device):
     lengths = [17, 130, 1, 64]
     q, k, v = projection(sum(lengths), 2, 32, torch.float16, device)
     batch = PackedBatch.from_lengths(lengths, device)
@@ -102,6 +102,26 @@ def test_sequence_does_not_depend_on_neighbours_bit_for_bit(device):
         assert torch.equal(moved[at], together[i])
     again = ops.attention_varlen(q, k, v, batch).split(lengths)
     assert all(map(torch.equal, together, again))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sequence_alone_is_the_same_up_to_rounding(dtype, device):
+    """The tile follows the longest sequence of a batch, so these are other sums of the same."""
+    lengths = [1, 16, 17, 64, 130]
+    q, k, v = projection(sum(lengths), 2, 32, dtype, device)
+    together = ops.attention_varlen(q, k, v, PackedBatch.from_lengths(lengths, device))
+    parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+    alone = torch.cat(
+        [ops.attention_varlen(*part, PackedBatch.dense(1, len(part[0]), device)) for part in parts]
+    )
+    for out in (together, alone):
+        assert_matches(
+            out,
+            lambda q, k, v: attention_varlen_ref(q, k, v, lengths, lengths, operands=dtype),
+            (q, k, v),
+            "alone and together",
+            inside=torch.float32,
+        )
 
 
 def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):

@@ -125,7 +125,7 @@ def test_upstream_gradients_of_any_strides(device):
         assert all(map(torch.equal, actual, expected))
 
 
-def test_gradients_do_not_depend_on_neighbours_and_repeat_bit_for_bit(device):
+def test_gradients_do_not_depend_on_the_order_and_repeat_bit_for_bit(device):
     lengths = [17, 130, 1, 64]
     qkv = torch.randn(sum(lengths), 3, 2, 32).to(device, torch.bfloat16)
     upstream = torch.randn(sum(lengths), 2, 32).to(device, torch.bfloat16)

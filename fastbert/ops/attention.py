@@ -310,7 +310,8 @@ def attention_varlen(
             kept for backward.
 
     Returns:
-        ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros.
+        ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. The order of the
+        sequences changes no bit; another longest one may, since the kernels' tile follows it.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other or the batch.
