@@ -113,8 +113,9 @@ class Call(NamedTuple):
         if self.selected is not None and len(states) not in self.selected:
             states.append(None)
             return rows
-        states.append(self.padded(rows))
-        return self._resume(states[-1], rows)
+        here = self.to(rows.device)  # of a model that is spread over several
+        states.append(here.padded(rows))
+        return here._resume(states[-1], rows)
 
     def _resume(self, shown: Tensor, rows: Tensor) -> Tensor:
         """Rows again, which are made from what is shown where a gradient is wanted."""
@@ -137,11 +138,8 @@ class Call(NamedTuple):
     def whole(self, shown: Tensor | None, rows: Tensor) -> Tensor:
         """``[B, S, E]`` with whatever padding has, for a pooler of another kind."""
         rows = rows if shown is None else self._resume(shown, rows)
-        return (
-            self.batch.view(rows)
-            if isinstance(self.batch, PaddedBatch)
-            else (self.batch.unpack(rows))
-        )
+        keep = isinstance(self.batch, PaddedBatch)
+        return self.batch.view(rows) if keep else self.batch.unpack(rows)
 
 
 @twin

@@ -129,6 +129,11 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | hf.BertForPreTrainingOutput:
+        if not known.own_forward(hf.BertForPreTraining):
+            return super().forward(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels,
+                next_sentence_label, **kwargs,
+            )  # fmt: skip
         num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         labels = _by_token(labels, input_ids, inputs_embeds)
@@ -186,6 +191,11 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MaskedLMOutput:
+        if not known.own_forward(hf.BertForMaskedLM):
+            return super().forward(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+                encoder_hidden_states, encoder_attention_mask, labels, **kwargs,
+            )  # fmt: skip
         num_items = kwargs.pop("num_items_in_batch", None)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         kwargs["encoder_hidden_states"] = encoder_hidden_states

@@ -53,8 +53,13 @@ def _twin_for(cls: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
-# A class that is made here is pickled as what it is the twin of.
-copyreg.pickle(_MadeHere, lambda made: (_twin_for, (made.__bases__[-1],)))
+def _made_again(ours: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """What `_twin_for` makes; reading ``ours`` has imported what that needs."""
+    return _twin_for(cls)
+
+
+# A class that is made here is pickled as what it is made of.
+copyreg.pickle(_MadeHere, lambda made: (_made_again, made.__bases__))
 
 
 def to_twins(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:

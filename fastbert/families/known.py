@@ -25,6 +25,7 @@ from transformers.models.bert import modeling_bert as hf
 __all__ = [
     "Looked",
     "is_own",
+    "own_forward",
     "patched",
     "plain",
     "row_wise",
@@ -89,6 +90,7 @@ _CODE: tuple[tuple[type, str, FunctionType], ...] = (
     ),
     *((cls, "forward", cls.forward) for cls in (*_ROW_WISE, *_ACTIVATIONS)),
 )
+_FORWARD_OF = {cls: function for cls, name, function in _CODE if name == "forward"}
 _EAGER = hf.eager_attention_forward
 
 
@@ -100,6 +102,11 @@ def patched() -> str | None:
     if hf.eager_attention_forward is not _EAGER:
         return "eager_attention_forward was replaced"
     return None
+
+
+def own_forward(cls: type[nn.Module]) -> bool:
+    """Whether one of transformers' classes still has the forward that it had when imported."""
+    return cls.forward is _FORWARD_OF[cls]
 
 
 _own: dict[tuple[type, type], bool] = {}
