@@ -313,6 +313,34 @@ def test_a_subclass_without_code_of_its_own_is_accelerated(tmp_path):
     torch.testing.assert_close(classifier(**INPUTS).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_linears_that_quantise_all_rows_together_run_in_transformers_code():
+    """A row's result depends on the scale of all of them, of padding too."""
+    results = []
+    for model in pair("BertModel"):
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        results.append(small(**INPUTS)[0][REAL])
+    torch.testing.assert_close(results[1], results[0])
+    assert "not known to work row by row" in obstacle(small)
+
+
+def test_layers_of_peft_are_known():
+    peft = pytest.importorskip("peft")
+    theirs, _ = pair("BertModel")
+    for config in (
+        peft.LoraConfig(target_modules=["query", "dense"], init_lora_weights=False),
+        peft.LoraConfig(target_modules=["word_embeddings", "value"], use_dora=False),
+        peft.IA3Config(target_modules=["key"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["query"], init_weights=False),
+        peft.LNTuningConfig(target_modules=["LayerNorm"]),
+    ):
+        tuned = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
+        expected = tuned(**INPUTS)[0][REAL]
+        with fastbert.accelerate(tuned) as handle:
+            assert not handle.notes, handle.notes
+            torch.testing.assert_close(tuned(**INPUTS)[0][REAL], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_known_to_work_by_row():
     works = [
         nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.GELU()), nn.Embedding(3, 2),

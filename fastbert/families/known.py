@@ -57,10 +57,11 @@ _LIBRARIES = (
     "bitsandbytes.nn.",
     "peft.tuners.",
     "peft.utils.",
-    "torch.ao.nn.",
     "torchao.",
     "transformers.integrations.",
 )
+# But these: how they quantise a row depends on the others. (torch.ao's dynamic linears do as well.)
+_COUPLED = ("Linear8bitLt",)
 _FUNCTIONS = (F.gelu, F.relu, F.silu, F.mish, F.elu, torch.tanh, torch.relu, torch.sigmoid)
 # Hooks of libraries that work by wrapping layers; they neither look at shapes nor change values.
 _HOOKS = (
@@ -201,7 +202,7 @@ def _works_by_row(module: nn.Module) -> bool:
     """Whether a call of this module alone, whatever is inside it, is a known function."""
     cls = type(module)
     if cls.__module__.startswith(_LIBRARIES):
-        known = True
+        known = cls.__name__ not in _COUPLED
     else:
         known = cls.forward in _FORWARDS and cls.__call__ is nn.Module.__call__
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
