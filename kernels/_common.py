@@ -6,8 +6,6 @@ import triton.language as tl
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): exp(x) = exp2(x * LOG2E)
-# A bias that says: this key is as good as any other that has it, whatever its score. Exact in bf16.
-ALIKE = tl.constexpr(2.0**100)
 LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) * LN2
 
 

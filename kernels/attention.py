@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import ALIKE, LOG2E
+from ._common import LOG2E
 from ._device import device_arch, input_precision, on_device
 from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._tiles import AttentionTile, attention_tile
@@ -72,8 +72,7 @@ def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_
             bias = tl.load(bias_ptrs, mask=(rows < len_q) & (columns < len_k), other=0.0)
         else:
             bias = tl.load(bias_ptrs, mask=rows < len_q, other=0.0)
-        bias = bias.to(tl.float32)
-        s = tl.where(bias == ALIKE, 0.0, s * scale_log2 + bias * LOG2E)
+        s = s * scale_log2 + bias.to(tl.float32) * LOG2E
     if key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
         s = tl.where(keep != 0, s, float("-inf"))

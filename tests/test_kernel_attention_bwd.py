@@ -255,6 +255,8 @@ def test_rows_of_lowest_numbers_are_rows_of_equals(dtype, masked, device):
     bias[:, :, 3] -= 10000.0
     bias[:, :, 4, ::2] = lowest  # beside usual ones: nothing
     bias[:, :, 5] = -torch.inf
+    bias[:, :, 0] += 10000.0
+    bias[:, :, 0, 3] = torch.finfo(torch.float32).max / 4  # and the other way
     mask = None
     if masked:
         mask = (torch.arange(sk) < torch.tensor([20, 33])[:, None]).to(device)
@@ -263,7 +265,7 @@ def test_rows_of_lowest_numbers_are_rows_of_equals(dtype, masked, device):
     grads = check_gradients(
         lambda q, k, v, bias: ops.attention(q, k, v, key_mask=mask, bias=bias),
         lambda q, k, v, bias: attention_ref(q, k, v, mask, bias, operands=dtype),
-        (q, k, v, bias.to(dtype) if dtype != torch.float16 else bias.clamp(-6e4).to(dtype)),
+        (q, k, v, bias.to(dtype) if dtype != torch.float16 else bias.clamp(-6e4, 6e4).to(dtype)),
         upstream,
         f"lowest numbers, masked {masked}",
     )

@@ -22,9 +22,9 @@ from .registry import define
 __all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of"]
 
 _MAX_HEAD_SIZE = 128
-# Levels of a row of the bias: from here its sum's logarithm loses more than its last bits, from
-# here nothing is left of the scores in fp64 either, and what tells the kernels so.
-_LOW, _DROWNED, _ALIKE = -64.0, -(2.0**60), 2.0**100
+# How far the level of a row of the bias may be from zero: from here its sum's logarithm loses more
+# than its last bits, from here nothing is left of the scores in fp64 either, and what says so.
+_FAR, _DROWNED, _ALIKE = 64.0, 2.0**60, 2.0**100
 _MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
 
 
@@ -231,9 +231,9 @@ class _AttentionVarlen(torch.autograd.Function):
 class _AttentionPadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
-        kept = _leveled(bias, key_mask)
+        kept, share = _leveled(bias, key_mask)
         out, lse = _attention_padded(q, k, v, key_mask, _full(kept, q, k), scale, dropout_p, seed)
-        ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, seed)
+        ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, share, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.bias_shape = None if bias is None else bias.shape
         return out
@@ -241,7 +241,8 @@ class _AttentionPadded(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, do: Tensor):
-        q, k, v, out, lse, key_mask, bias, seed = ctx.saved_tensors
+        q, k, v, out, lse, key_mask, bias, share, seed = ctx.saved_tensors
+        do = do if share is None else do * share.to(do.dtype)
         wanted = ctx.needs_input_grad[4]
         dq, dk, dv, dbias = _attention_padded_bwd(
             rows_contiguous(do), q, k, v, out, lse, key_mask, _full(bias, q, k), ctx.scale,
@@ -251,24 +252,30 @@ class _AttentionPadded(torch.autograd.Function):
         return dq, dk, dv, None, dbias, None, None, None
 
 
-def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
-    """A bias for the kernels, none of whose rows is far below zero as a whole.
+def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A bias for the kernels, none of whose rows is far from zero as a whole, and what backward has
+    to multiply the upstream gradient by.
 
     A row of -10000 masks nothing: softmax does not see a shift of a row, but the logarithm of its
-    sum, from which backward makes the weights, would lose its last digits. In rows of ``finfo.min``
-    the scores drown: its best keys are alike, and ``bias * log2(e)`` would overflow.
+    sum, from which backward makes the weights, would lose its last digits. In a row of finfo.min
+    the scores drown: its best keys are alike, and ``bias * log2(e)`` would overflow. They get one
+    number that the scores drown in as well. It absorbs the logarithm of the row's sum too, so that
+    in backward every weight is 1 in place of 1 / n; what backward makes is linear in the upstream
+    gradient, which is divided by n instead.
     """
     if bias is None or bias.shape[-1] == 0:
-        return bias
+        return bias, None
     seen = bias
     if key_mask is not None:
         seen = bias.masked_fill(~key_mask[:, None, None, :], -math.inf)
     level = seen.amax(-1, keepdim=True)
-    finite = level > -math.inf
-    drowned = (level < _DROWNED) & finite
-    bias_of_others = bias - torch.where((level < _LOW) & finite & ~drowned, level, 0.0)
-    alike = torch.where(bias == level, _ALIKE, -math.inf)
-    return torch.where(drowned, alike.to(bias.dtype), bias_of_others)
+    finite, distance = level.isfinite(), level.abs()
+    drowned = (distance > _DROWNED) & finite
+    best = seen == level
+    others = bias - torch.where((distance > _FAR) & finite & ~drowned, level, 0.0)
+    alike = torch.where(best, _ALIKE, -math.inf).to(bias.dtype)
+    share = torch.where(drowned, 1.0 / best.sum(-1, keepdim=True).clamp_min(1), 1.0)
+    return torch.where(drowned, alike, others), share
 
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -472,7 +479,7 @@ def attention(
         seed = dropout_seed(q.device)
     if wants_gradient(q, k, v, bias):
         return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
-    full = _full(_leveled(bias, key_mask), q, k)
+    full = _full(_leveled(bias, key_mask)[0], q, k)
     return _attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed)[0]
 
 
