@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
-from .backend import forced, resolve, watched
+from .attention_torch import padded_in_torch, varlen_in_torch
+from .backend import forced, resolve
 from .dropout import check_dropout, dropout_seed
 from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
 from .registry import define
@@ -346,7 +346,7 @@ def attention_varlen(
         q.numel() == 0
     ):
         refuse_seed("attention_varlen", seed)
-        return _varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
+        return varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
     q, scale = _positive(q, scale)
     return _differentiable(batch, keys, scale, dropout_p, seed, q, k, v)
 
@@ -473,7 +473,7 @@ def attention(
     scale = head_size**-0.5 if scale is None else scale
     if backend_of(q, dropout_p, max(len_q, len_k)) == "torch" or q.numel() == 0:
         refuse_seed("attention", seed)
-        return _padded_in_torch(q, k, v, key_mask, bias, scale, dropout_p, unfused)
+        return padded_in_torch(q, k, v, key_mask, bias, scale, dropout_p, unfused)
     q, scale = _positive(q, scale)
     if dropout_p > 0.0 and seed is None:
         seed = dropout_seed(q.device)
@@ -526,93 +526,3 @@ def backend_of(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
             f"attention: the Triton kernels support {gap}; leave the backend open or choose 'torch'"
         )
     return "torch"
-
-
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    unfused: bool,
-) -> Tensor:
-    twice = unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling()
-    if twice or watched():
-        # The context manager that chooses this for SDPA is for the whole process, not for a call.
-        if mask is not None and mask.dtype == torch.bool:  # which it would add
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        math_attention = torch.ops.aten._scaled_dot_product_attention_math
-        return math_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)[0]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
-
-
-def _varlen_in_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: PackedBatch,
-    keys: PackedBatch,
-    scale: float,
-    dropout_p: float,
-    unfused: bool,
-) -> Tensor:
-    """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end."""
-    if keys is not batch and keys.lengths != batch.lengths:
-        return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
-    parts = []
-    for row, count, length in batch.runs():
-        run = (
-            t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for t in (q, k, v)
-        )
-        part = _sdpa(*run, None, dropout_p, scale, unfused)
-        parts.append(part.transpose(1, 2).flatten(0, 1))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else q.new_zeros(q.shape)
-
-
-def _cross_in_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: PackedBatch,
-    keys: PackedBatch,
-    scale: float,
-    dropout_p: float,
-    unfused: bool,
-) -> Tensor:
-    parts = []
-    rows = zip(q.split(batch.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
-    for q_i, k_i, v_i in rows:
-        if k_i.shape[0] == 0:
-            parts.append(q_i.new_zeros(q_i.shape))
-        elif q_i.shape[0]:
-            heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q_i, k_i, v_i))
-            part = _sdpa(*heads_first, None, dropout_p, scale, unfused)
-            parts.append(part.squeeze(0).transpose(0, 1))
-    return torch.cat(parts) if parts else q.new_zeros(q.shape)
-
-
-def _padded_in_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    unfused: bool,
-) -> Tensor:
-    if k.shape[2] == 0:
-        return q.new_zeros(q.shape)
-    mask = bias
-    if key_mask is not None:
-        keep = key_mask[:, None, None, :]
-        mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
-    out = _sdpa(q, k, v, mask, dropout_p, scale, unfused)
-    if mask is None:
-        return out
-    alone = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
-    return out.masked_fill(alone.unsqueeze(-1), 0.0)

@@ -1,0 +1,105 @@
+"""Attention in torch's operations: what runs where the kernels do not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import PackedBatch
+from .backend import watched
+from .gradient import wants_gradient
+
+__all__ = ["padded_in_torch", "varlen_in_torch"]
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    unfused: bool,
+) -> Tensor:
+    twice = unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling()
+    if twice or watched():
+        # The context manager that chooses this for SDPA is for the whole process, not for a call.
+        if mask is not None and mask.dtype == torch.bool:  # which it would add
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        math_attention = torch.ops.aten._scaled_dot_product_attention_math
+        return math_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+
+
+def varlen_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: PackedBatch,
+    keys: PackedBatch,
+    scale: float,
+    dropout_p: float,
+    unfused: bool,
+) -> Tensor:
+    """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end."""
+    if keys is not batch and keys.lengths != batch.lengths:
+        return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
+    parts = []
+    for row, count, length in batch.runs():
+        run = (
+            t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for t in (q, k, v)
+        )
+        part = _sdpa(*run, None, dropout_p, scale, unfused)
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else q.new_zeros(q.shape)
+
+
+def _cross_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: PackedBatch,
+    keys: PackedBatch,
+    scale: float,
+    dropout_p: float,
+    unfused: bool,
+) -> Tensor:
+    parts = []
+    rows = zip(q.split(batch.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
+    for q_i, k_i, v_i in rows:
+        if k_i.shape[0] == 0:
+            parts.append(q_i.new_zeros(q_i.shape))
+        elif q_i.shape[0]:
+            heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (q_i, k_i, v_i))
+            part = _sdpa(*heads_first, None, dropout_p, scale, unfused)
+            parts.append(part.squeeze(0).transpose(0, 1))
+    return torch.cat(parts) if parts else q.new_zeros(q.shape)
+
+
+def padded_in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    unfused: bool,
+) -> Tensor:
+    if k.shape[2] == 0:
+        return q.new_zeros(q.shape)
+    mask = bias
+    if key_mask is not None:
+        keep = key_mask[:, None, None, :]
+        mask = keep if bias is None else bias.masked_fill(~keep, -math.inf)
+    out = _sdpa(q, k, v, mask, dropout_p, scale, unfused)
+    if mask is None:
+        return out
+    alone = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
+    return out.masked_fill(alone.unsqueeze(-1), 0.0)
