@@ -273,6 +273,12 @@ def test_rows_of_lowest_numbers_are_rows_of_equals(dtype, masked, device):
     if dtype == torch.float32 and not masked:
         out = ops.attention(q, k, v, bias=bias)
         torch.testing.assert_close(out[:, :, 1], v.mean(2), atol=1e-6, rtol=1e-5)
+        # The reference makes the weights from log-sum-exp, which is lost there: each is 1 / n.
+        one = torch.zeros_like(upstream)
+        one[:, :, 1] = upstream[:, :, 1]
+        leaf = v.clone().requires_grad_()
+        (dv,) = torch.autograd.grad(ops.attention(q, k, leaf, bias=bias), leaf, one)
+        torch.testing.assert_close(dv, (one.sum(2, keepdim=True) / sk).expand_as(v))
 
 
 def test_a_bias_of_another_dtype_gets_its_own(device):
