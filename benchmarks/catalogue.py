@@ -164,9 +164,10 @@ def _kernels(
         for length in lengths:
             sizes = {"B": max(1, tokens // length), "S": length, "H": 12, "D": head_dim}
             found.append(kernel("attention", **sizes, **common))
+            if length in (64, 128, 512):
+                found.append(kernel("attention", direction="backward", **sizes, **common))
             if length in (128, 512):
                 found.append(kernel("attention", **sizes, lengths="uniform", **common))
-                found.append(kernel("attention", direction="backward", **sizes, **common))
                 found.append(kernel("attention, bias", **sizes, bias=True, **common))
     for width in (384, 768, 1024):
         for residual in (False, True):

@@ -58,14 +58,16 @@ class Encoders:
     def __init__(self, size: str, dtype: torch.dtype, device: str):
         self.size, self.dtype, self.device = size, dtype, device
         torch.manual_seed(0)
-        self.sdpa = self._transformers("sdpa").to(device, dtype).eval()
+        self.sdpa = self._make(transformers.BertModel, "sdpa").to(device, dtype).eval()
         self.state = self.sdpa.state_dict()
         self._made: dict[str, Any] = {}
 
-    def _transformers(self, attention: str) -> nn.Module:
-        return transformers.BertModel._from_config(
-            config_of(self.size), attn_implementation=attention, add_pooling_layer=False
-        )
+    def _make(self, cls: type[nn.Module], attention: str = "sdpa", **options: Any) -> nn.Module:
+        with torch.device(self.device):  # where the weights are drawn
+            return cls._from_config(
+                config_of(self.size), attn_implementation=attention, add_pooling_layer=False,
+                **options,
+            )  # fmt: skip
 
     def _copy(self, model: nn.Module) -> nn.Module:
         model.load_state_dict(self.state)
@@ -77,10 +79,13 @@ class Encoders:
         return self._made[name]
 
     def _make_fastbert(self):
-        return self._copy(fastbert.BertModel(config_of(self.size), add_pooling_layer=False))
+        return self._copy(self._make(fastbert.BertModel))
+
+    def _make_fastbert_padded(self):
+        return self._copy(self._make(fastbert.BertModel, padding="keep"))
 
     def _make_eager(self):
-        return self._copy(self._transformers("eager"))
+        return self._copy(self._make(transformers.BertModel, "eager"))
 
     def _make_oracle(self):
         return copy.deepcopy(self.get("eager")).double()
@@ -206,13 +211,13 @@ class _TorchEncoder(nn.Module):
 def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs], Any]]]:
     """Builders of what is timed: inputs -> ``[B, S, E]``."""
 
-    def of_model(kind: str | None, **options: Any):
+    def of_model(kind: str | None):
         def build():
             model = encoders.sdpa if kind is None else encoders.get(kind)
 
             def run(x: Inputs):
                 with torch.inference_mode():
-                    return model(**x, **options).last_hidden_state
+                    return model(**x).last_hidden_state
 
             return run
 
@@ -265,7 +270,7 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
 
     return {
         OURS: of_model("fastbert"),
-        OWN_PADDED: of_model("fastbert", fastbert_keep_padding=True),
+        OWN_PADDED: of_model("fastbert_padded"),
         BASELINE: of_model(None),
         EAGER: of_model("eager"),
         COMPILED: of_compiled,

@@ -80,6 +80,13 @@ def _needs(package: str, device: str) -> None:
         raise Unavailable(f"{package.replace('_', '-')} needs a GPU")
 
 
+def _normals(device: str, seed: int) -> Callable[..., Tensor]:
+    """``sizes -> `` standard normal values in fp32, drawn where they are needed: on a CPU the
+    largest workloads would take seconds each."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *sizes: torch.randn(*sizes, generator=generator, device=device)
+
+
 def _eager(function: Function) -> Callable[[str], Function]:
     return lambda device: function
 
@@ -90,8 +97,8 @@ def _eager(function: Function) -> Callable[[str], Function]:
 def _make_attention(p: dict, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     b, s, h, d = p["B"], p["S"], p["H"], p["D"]
     lengths = draw_lengths(p.get("lengths", "fixed"), b, s)
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(b, s, 3, h, d, generator=generator).to(device, dtype)
+    draw = _normals(device, seed)
+    qkv = draw(b, s, 3, h, d).to(dtype)
     keep = (torch.arange(s) < torch.tensor(lengths)[:, None]).to(device)
     inputs = {"keep": None if bool(keep.all()) else keep, "lengths": lengths, "qkv": qkv[keep]}
     inputs |= {name: qkv[:, :, i].transpose(1, 2) for i, name in enumerate("qkv")}
@@ -99,7 +106,7 @@ def _make_attention(p: dict, dtype: torch.dtype, device: str, seed: int) -> Inpu
     cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     inputs["cu_seqlens"], inputs["longest"] = cu, max(lengths)
     if p.get("bias"):
-        inputs["bias"] = torch.randn(1, h, s, s, generator=generator).to(device, dtype)
+        inputs["bias"] = draw(1, h, s, s).to(dtype)
     return inputs
 
 
@@ -228,11 +235,12 @@ _ATTENTION_BIAS = _Op(
 
 def _make_rows(p: dict, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     m, n = p["M"], p["N"]
-    generator = torch.Generator().manual_seed(seed)
-    x, residual = torch.randn(2, m, n, generator=generator).to(device, dtype)
-    weight, bias = torch.randn(2, n, generator=generator).to(device, dtype)
-    inputs = {"x": x, "weight": weight, "bias": bias}
-    return inputs | ({"residual": residual} if p.get("residual") else {})
+    draw = _normals(device, seed)
+    inputs = {"x": draw(m, n).to(dtype)}
+    inputs["weight"], inputs["bias"] = draw(2, n).to(dtype)
+    if p.get("residual"):
+        inputs["residual"] = draw(m, n).to(dtype)
+    return inputs
 
 
 def _layer_norm_ref(x: Inputs) -> Tensor:
@@ -305,14 +313,14 @@ _SOFTMAX = _Op(
 
 def _make_embedding(p: dict, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     t, e = p["T"], p["E"]
-    generator = torch.Generator().manual_seed(seed)
+    draw, generator = _normals(device, seed), torch.Generator().manual_seed(seed)
     sizes = {"word": 30522, "position": 512, "token_type": 2}
-    tables = {k: torch.randn(n, e, generator=generator).to(device, dtype) for k, n in sizes.items()}
+    tables = {k: draw(n, e).to(dtype) for k, n in sizes.items()}
     ids = {
         f"{k}_ids": torch.randint(0, n, (t,), generator=generator).to(device)
         for k, n in sizes.items()
     }
-    weight, bias = torch.randn(2, e, generator=generator).to(device, dtype)
+    weight, bias = draw(2, e).to(dtype)
     return {**tables, **ids, "weight": weight, "bias": bias}
 
 
@@ -339,11 +347,9 @@ _EMBEDDING = _Op(
 
 def _make_linear(p: dict, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     m, n, k = p["M"], p["N"], p["K"]
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=generator)
-    weight = torch.randn(n, k, generator=generator) * k**-0.5
-    bias = torch.randn(n, generator=generator)
-    return {k: v.to(device, dtype) for k, v in (("x", x), ("weight", weight), ("bias", bias))}
+    draw = _normals(device, seed)
+    inputs = {"x": draw(m, k), "weight": draw(n, k) * k**-0.5, "bias": draw(n)}
+    return {name: t.to(dtype) for name, t in inputs.items()}
 
 
 def _linear_ref(x: Inputs) -> Tensor:
@@ -395,10 +401,9 @@ class _Backward:
         if "qkv" in leaves:  # padded providers share the leaf
             x |= _padded_views(x)
         out = self.function(x)
-        upstream = torch.randn(
-            self.op.rows(x, out).shape, generator=torch.Generator().manual_seed(7)
-        ).to(out.device, out.dtype)
-        return self.op.rows(x, out), list(leaves.values()), upstream
+        out = self.op.rows(x, out)
+        upstream = _normals(out.device.type, 7)(*out.shape).to(out.dtype)
+        return out, list(leaves.values()), upstream
 
 
 def _padded_views(x: Inputs) -> Inputs:

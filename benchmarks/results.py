@@ -143,6 +143,24 @@ class Results:
         """Keep a measurement, or the reason why there is none."""
         (self.measurements if isinstance(entry, Measurement) else self.not_measured).append(entry)
 
+    @classmethod
+    def merged(cls, parts: list[Results]) -> Results:
+        """One file's worth of several runs on one machine.
+
+        A workload that more than one of them measured is that of the last one alone, since only
+        what was timed in turn may be divided by each other. Limits are the highest seen.
+        """
+        whole = cls(parts[0].machine, dict(parts[0].settings))
+        whole.settings["suite"] = "; ".join(str(part.settings.get("suite")) for part in parts)
+        for part in parts:
+            measured = {m.workload for m in part.measurements}
+            whole.measurements = [m for m in whole.measurements if m.workload not in measured]
+            whole.measurements += part.measurements
+            whole.not_measured += part.not_measured
+            for name, limit in part.limits.items():
+                whole.limits[name] = max(limit, whole.limits.get(name, 0.0))
+        return whole
+
     def share_of_limit(self, m: Measurement) -> float | None:
         """Least time at the limits measured in this run over the time taken: 1 is the most that
         this machine did. Above 1 where operands stayed in a cache that the copy did not fit."""

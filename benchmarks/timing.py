@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 
 __all__ = [
     "Clock", "CudaClock", "NoClock", "Sample", "WallClock", "clock_for", "cold_sets", "interleave",
+    "off_the_default_stream",
 ]  # fmt: skip
 
 Run = Callable[[Any], Any]
@@ -134,11 +136,12 @@ class CudaClock:
     @staticmethod
     def _capture(work: Callable[[], Any]) -> Callable[[], None] | None:
         """A graph of the work, or None if it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 work()
         except Exception:  # host synchronisation, a graph of its own, ...: it is timed queued then
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own as the current one
             torch.cuda.synchronize()
             return None
         graph.replay()
@@ -161,6 +164,19 @@ def clock_for(device: str) -> Clock:
     if device == "cuda":
         return CudaClock()
     return NoClock() if interpreting() else WallClock()
+
+
+@contextmanager
+def off_the_default_stream(device: str) -> Iterator[None]:
+    """Work inside goes to a stream of its own, where a GPU can capture it: the default one cannot
+    be captured, and autograd runs backward on the stream that its forward ran on."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+        torch.cuda.synchronize()
 
 
 def cold_sets(bytes_per_set: float, device: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbert.testing import assert_within_budget
 
 from .results import Check, Measurement, NotMeasured
-from .timing import Clock, NoClock, Sample, interleave
+from .timing import Clock, NoClock, Sample, interleave, off_the_default_stream
 
 __all__ = [
     "OURS",
@@ -141,12 +141,23 @@ def measure(
         One entry per provider, in their order. A provider that cannot run or gives a wrong result
         is a `NotMeasured` that says why; a wrong result has ``failed`` set.
     """
-    chosen = workload.among(providers)
+    with off_the_default_stream(device):
+        found = _measure(workload, clock, device, workload.among(providers), seconds)
+    gc.collect()
+    return found
+
+
+def _measure(
+    workload: Workload, clock: Clock, device: str, chosen: list[str], seconds: float
+) -> list[Measurement | NotMeasured]:
     found: dict[str, Measurement | NotMeasured] = {}
     checks: dict[str, Check] = {}
     calls: dict[str, Callable[[], Sample]] = {}
     runs: dict[str, Callable[[Any], Any]] = {}
-    prepared = workload.setup(workload, device)
+    try:
+        prepared = workload.setup(workload, device)
+    except Exception as error:  # after a broken kernel the device may refuse everything
+        return [_broken(workload, name, error, "its setup: ") for name in chosen]
     for name in chosen:
         try:
             run = prepared.providers[name]()
@@ -156,15 +167,8 @@ def measure(
                 continue
             calls[name] = clock.prepare(run, prepared.inputs)
             runs[name] = run
-        except Unavailable as why:
-            found[name] = NotMeasured(workload.id, name, str(why))
-        except WrongResult as why:
-            found[name] = NotMeasured(workload.id, name, f"wrong result: {why}", failed=True)
-        except torch.OutOfMemoryError:
-            found[name] = NotMeasured(workload.id, name, "out of memory")
         except Exception as error:  # a peer that breaks must not cost everybody else's numbers
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            found[name] = NotMeasured(workload.id, name, why, failed=name.startswith(OURS))
+            found[name] = _broken(workload, name, error)
     samples = interleave(calls, seconds=seconds) if calls else {}
     for name, taken in samples.items():
         found[name] = Measurement(
@@ -184,9 +188,19 @@ def measure(
             peak_memory=_peak_memory(runs[name], prepared.inputs[0], device),
             how=clock.how,
         )
-    del prepared, runs, calls
-    gc.collect()
     return [found[name] for name in chosen]
+
+
+def _broken(workload: Workload, name: str, error: Exception, where: str = "") -> NotMeasured:
+    """Why a provider has no time. That of ours is a failure, whatever it raised."""
+    if isinstance(error, Unavailable):
+        return NotMeasured(workload.id, name, str(error))
+    if isinstance(error, WrongResult):
+        return NotMeasured(workload.id, name, f"wrong result: {error}", failed=True)
+    if isinstance(error, torch.OutOfMemoryError):
+        return NotMeasured(workload.id, name, f"{where}out of memory")
+    why = f"{where}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return NotMeasured(workload.id, name, why, failed=name.startswith(OURS))
 
 
 def _peak_memory(run: Callable[[Any], Any], x: Any, device: str) -> int | None:

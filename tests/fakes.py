@@ -109,7 +109,8 @@ class FakeCuda:
                     fake._run(x)
 
         @contextlib.contextmanager
-        def graph(g):
+        def graph(g, stream):
+            assert stream == "a stream"
             fake.recording = []
             try:
                 yield
@@ -119,7 +120,8 @@ class FakeCuda:
 
         cuda = types.SimpleNamespace(
             Event=Event, CUDAGraph=Graph, graph=graph, synchronize=self._synchronize,
-            _sleep=self._sleep,
+            _sleep=self._sleep, current_stream=lambda: "a stream",
+            set_stream=lambda stream: None,
         )  # fmt: skip
         monkeypatch.setattr(torch, "cuda", cuda)
         monkeypatch.setattr(time, "perf_counter", lambda: fake.host_now)

@@ -359,32 +359,6 @@ def test_a_run_keeps_what_it_has_when_time_is_up_or_it_is_interrupted(tmp_path):
     assert (tmp_path / "b" / "report.html").exists()
 
 
-def test_the_gpu_script_runs_tests_then_targets_and_needs_a_gpu(tmp_path, monkeypatch, capsys):
-    from fastbert.benchmarks import run_gpu
-
-    monkeypatch.setattr("sys.argv", ["run_gpu.py", str(tmp_path)])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            run_gpu.main()
-        assert "expected a machine with a GPU" in capsys.readouterr().err
-    for path in run_gpu.CORRECTNESS:
-        assert (run_gpu.ROOT / path).is_file()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run_gpu, "run_tests", lambda folder, seconds: "passed: 3 passed in 1 s")
-    given = {}
-
-    def fake_suite(suite, folder, *, chosen, time_budget, device, **rest):
-        given.update(order=[w.priority for w in chosen], budget=time_budget, device=device)
-        return Results({**machine_facts("cpu"), "kind": "cuda"})
-
-    monkeypatch.setattr(session, "run_suite", fake_suite)
-    assert run_gpu.main() == 0
-    out = capsys.readouterr().out
-    assert "correctness tests passed" in out and "not measured" in out
-    assert given["device"] == "cuda" and 0 < given["budget"] <= 9 * 60 - 90
-    assert given["order"][0] == min(given["order"]) and len(given["order"]) > 100
-
-
 # ---- reports ----
 
 
