@@ -19,7 +19,30 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-__all__ = ["PackedBatch", "PaddedBatch", "pack", "unpack"]
+__all__ = ["PackedBatch", "PaddedBatch", "capturing", "pack", "unpack"]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, by whomever."""
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _from_host(values: Sequence, device: torch.device | str) -> Tensor:
+    """int32 numbers that the host knows, on a device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. It would read memory of the host again at each
+            replay, when that is long gone.
+    """
+    if capturing(torch.device(device)):
+        raise RuntimeError(
+            "fastbert: expected no lengths of sequences inside a CUDA graph capture, got a batch "
+            "with padding or packed sequences, whose layout is fixed on the host; capture full "
+            "batches without a mask, or use fastbert.accelerate(model, cuda_graphs=True)"
+        )
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +80,7 @@ class PackedBatch:
         if any(length < 0 for length in lengths):
             raise ValueError(f"from_lengths: expected lengths >= 0, got {list(lengths)}")
         starts = [0, *accumulate(lengths)]
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(tuple(lengths), cu_seqlens, None, (1, starts[-1]))
+        return cls(tuple(lengths), _from_host(starts, device), None, (1, starts[-1]))
 
     @classmethod
     def from_mask(cls, mask: Tensor, device: torch.device | str | None = None) -> PackedBatch:
@@ -98,7 +120,7 @@ class PackedBatch:
         starts = [0, *accumulate(lengths)]
         # nonzero() would ask the device for the number of rows again; it is known by now.
         indices = real.flatten().nonzero_static(size=starts[-1]).flatten().to(device)
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        cu_seqlens = _from_host(starts, device)
         starts_real = all(f or not n for f, n in zip(first, lengths, strict=True))
         return cls(tuple(lengths), cu_seqlens, indices, (batch_size, padded_length), starts_real)
 
@@ -184,6 +206,11 @@ class PackedBatch:
         host, where the lengths are known, once per tile size.
         """
         found = self._tile_maps.get(block)
+        if found is None and capturing(self.device) and len(set(self.lengths)) == 1:
+            # All sequences are alike: the device can tell by itself.
+            each = -(-self.max_seqlen // block)
+            tiles = torch.arange(each * len(self.lengths), dtype=torch.int32, device=self.device)
+            found = self._tile_maps[block] = torch.stack((tiles // each, tiles % each), 1)
         if found is None:
             order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
             tiles = [
@@ -191,8 +218,7 @@ class PackedBatch:
                 for sequence in order
                 for tile in range(-(-self.lengths[sequence] // block))
             ]
-            found = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
-            found = self._tile_maps[block] = found.to(self.device, non_blocking=True)
+            found = self._tile_maps[block] = _from_host(tiles, self.device).view(-1, 2)
         return found
 
 

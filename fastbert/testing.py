@@ -220,7 +220,7 @@ def _student(degrees: float, one_in: float) -> float:
     By Wallace's approximation (Bounds on normal approximations to Student's and the chi-square
     distributions, Ann. Math. Stat. 30, 1959): never too small, within 1 % from 16 degrees on.
     """
-    z = NormalDist().inv_cdf(1 - 0.5 / one_in)
+    z = -NormalDist().inv_cdf(0.5 / one_in)  # 1 - 0.5 / one_in may be 1
     z *= (8 * degrees + 3) / (8 * degrees + 1)
     return math.sqrt(degrees * math.expm1(min(z * z / degrees, 600.0)))
 

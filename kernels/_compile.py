@@ -24,9 +24,9 @@ from triton.compiler import ASTSource
 from ._cards import LIMITS
 from ._variants import Variant
 
-__all__ = ["Artefact", "compile_variant", "faults"]
+__all__ = ["Artefact", "compile_variant", "faults", "ptxas_version"]
 
-_SERIALISED = ("C7508", "C7510", "C7511")  # ptxas: wgmma made to run one after the other
+_SERIALISED = ("C7508", "C7510", "C7511", "C7515")  # ptxas: wgmma made to run one after the other
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Artefact:
     def serialised(self) -> tuple[str, ...]:
         """Codes of the warnings that say that wgmma were made to run one after the other."""
         return tuple(code for code in _SERIALISED if code in self.ptxas)
+
+
+def ptxas_version() -> str:
+    """Of the assembler that Triton brings along: it decides on registers, and some are wrong."""
+    return triton.knobs.nvidia.ptxas.version
 
 
 def compile_variant(variant: Variant) -> Artefact:

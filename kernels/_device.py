@@ -1,7 +1,5 @@
 """Facts about the device a tensor is on, read at the first launch and kept."""
 
-from contextlib import nullcontext
-
 import torch
 
 # Under the interpreter there is no device; tiles are then chosen as for this one.
@@ -28,11 +26,6 @@ def device_arch(device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors."""
     return _cuda_facts(device.index or 0)[1] if device.type == "cuda" else _INTERPRETED_SMS
-
-
-def on_device(device: torch.device):
-    """Context in which a launch goes to ``device``; Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from . import (
     _cost,
+    _sums,
     attention,
     attention_bias_bwd,
     attention_bwd,
@@ -30,7 +31,7 @@ from ._tiles import (
     AttentionTile,
     GemmTile,
     RowTile,
-    attention_bwd_tiles,
+    attention_bwd_tiles_of,
     attention_tiles,
     bias_activation_tile,
     cross_entropy_tile,
@@ -198,15 +199,14 @@ def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
     only = {"whole": {}, "dq": reload, "dkdv": reload, "bias": sums}
     for form, (extra, none, head_dims, also) in _attention_forms(dtype, backward=True).items():
         for head_dim in head_dims:
-            tiles = attention_bwd_tiles(
-                head_dim=head_dim, dtype=dtype, arch=arch, max_seqlen_q=1, max_seqlen_k=1,
-                has_bias="bias_ptr" in extra,
-            )  # fmt: skip
             for part, kernel in kernels.items():
                 if part == "bias" and "bias_ptr" not in extra:
                     continue
                 names = kernel.arg_names
-                for tile in _changed([getattr(tiles, part)], fields):
+                tiles = attention_bwd_tiles_of(
+                    part, arch, dtype, head_dim, "bias_ptr" in extra, also.get("DROPOUT_BITS", 0)
+                )
+                for tile in _changed(tiles, fields):
                     constants = {
                         "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                         "BLOCK_D": tile.block_d, "INPUT_PRECISION": "ieee", "DROPOUT_BITS": 0,
@@ -262,7 +262,10 @@ def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
     }
     for width in _WIDTHS:
         for tile in _changed([layernorm_bwd_tile(width, arch)], fields):
-            constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            constants = {
+                "N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n,
+                "STAGES": layernorm.stages(tile.block_n),
+            }  # fmt: skip
             work = (tile.rows * tile.block_n, "value")
             for form, (extra, none) in forms.items():
                 cost = _cost.layernorm_bwd_cost(
@@ -273,6 +276,14 @@ def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     {**tensors, **extra}, none, constants, tile, work,
                     (f"{_ROWS} rows of {width}", cost),
                 )  # fmt: skip
+        if dtype == torch.float32:  # the sums of every kernel, whatever its dtype
+            yield _variant(
+                _sums._column_sums_kernel, f"N{width}", arch, dtype,
+                {"out_ptr": "*fp32", "shares_ptr": "*fp32"}, (),
+                {"N": width, "ROWS": _sums.ROWS, "BLOCK_N": _sums.BLOCK_N},
+                RowTile(_sums.ROWS, _sums.BLOCK_N, 4), (_sums.ROWS * _sums.BLOCK_N, "value"),
+                (f"1056 shares of {width}", _cost.rows_cost(1056, width, 4, 1)),
+            )  # fmt: skip
         for tile in _changed([layernorm_tile(width, arch)], fields):
             yield _variant(
                 layernorm._layernorm_again_kernel, f"N{width}", arch, dtype,
@@ -383,12 +394,14 @@ def _cross_entropy(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
     tensors = {**dict.fromkeys(("x_ptr", "bias_ptr")), "loss_ptr": "*fp32", "labels_ptr": "*i64"}
     for width in (2, 30522, 119547):
         for tile in _changed([cross_entropy_tile(width, arch)], fields):
+            padded = -(-width // cross_entropy.PADDED_TO) * cross_entropy.PADDED_TO
+            constants = {"N": width, "N_PADDED": padded}
             for gradient in (True, False):
                 cost = _cost.rows_cost(1024, width, dtype.itemsize, 2 if gradient else 1)
                 yield _variant(
                     cross_entropy._cross_entropy_kernel,
                     f"V{width} {'with' if gradient else 'without'} gradient", arch, dtype, tensors,
-                    (), {"N": width, "GRADIENT": gradient, "BLOCK_N": tile.block_n}, tile,
+                    (), {**constants, "GRADIENT": gradient, "BLOCK_N": tile.block_n}, tile,
                     (tile.block_n, "value"), (f"1024 rows of {width}", cost),
                 )  # fmt: skip
 

@@ -23,12 +23,13 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E
-from ._device import device_arch, input_precision, on_device
+from ._device import device_arch, input_precision
 from ._dropout import dropout_keys, dropout_levels, keep_scores
-from ._tiles import AttentionTile, attention_tile
+from ._launch import launch
+from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
-# For backward too: load_lse, load_rows, locate, mask_scores, strides_of, weights.
+# For backward too: load_lse, load_rows, locate, masked_product, ...
 
 
 @triton.jit
@@ -82,6 +83,29 @@ def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_
 
 
 @triton.jit
+def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
+                   len_q, len_k, scale_log2, CHECK_KEYS: tl.constexpr,
+                   INPUT_PRECISION: tl.constexpr):  # fmt: skip
+    """``a b^T`` and `mask_scores`: scores of queries and keys, either way round.
+
+    A mask of keys alone is where the sum starts, -inf for those that are masked: the product is
+    then masked as the matrix units leave it, while a mask put on it afterwards is read in another
+    layout, and every score computed for both. (In fp32, which is not on the matrix units, terms
+    would be added in another order.)
+    """
+    if (key_mask_ptr is not None) and (bias_ptr is None) and (a.dtype != tl.float32):
+        keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+        start = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        start = tl.where(keep != 0, start, float("-inf"))
+        s = tl.dot(a, tl.trans(b), start, input_precision=INPUT_PRECISION)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
+        s = mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
+                        len_q, len_k, scale_log2, CHECK_KEYS)  # fmt: skip
+    return s
+
+
+@triton.jit
 def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             CHECK_KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
@@ -90,10 +114,9 @@ def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t
     Pointers are at the tile's first query and key; ``len_q`` and ``len_k`` count from there.
     """
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    return mask_scores(
-        s, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q, stride_bias_k,
-        len_q, len_k, scale_log2, CHECK_KEYS,
+    return masked_product(
+        q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q,
+        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION,
     )  # fmt: skip
 
 
@@ -233,6 +256,10 @@ def _attention_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
     if SINGLE:
+        # Under way while the weights are computed, where there are registers for it.
+        EARLY: tl.constexpr = q.dtype != tl.float32 and DROPOUT_BITS == 0
+        if EARLY:
+            v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         s = _scores(
             q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, seq_q, seq_k, scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
@@ -248,7 +275,8 @@ def _attention_fwd_kernel(
                 dropout_threshold, DROPOUT_BITS,
             )  # fmt: skip
             p = tl.where(keep, p, 0.0)
-        v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
+        if not EARLY:
+            v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_D]
     else:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -362,7 +390,7 @@ def attention_padded_fwd(
         head_dim=head_dim, dtype=q.dtype, arch=device_arch(q.device),
         max_seqlen_q=len_q, max_seqlen_k=len_k, has_bias=bias is not None,
     )  # fmt: skip
-    tiles = triton.cdiv(len_q, tile.block_m)
+    tiles = cdiv(len_q, tile.block_m)
     _launch(
         out, lse, q, k, v, None if key_mask is None else key_mask.contiguous(), bias, seed,
         (None, None, None), (batch_size * tiles, num_heads), (tiles, len_q, len_k), scale,
@@ -377,16 +405,16 @@ def _launch(
     assert scale > 0, "the scale must be positive: the largest score is found before scaling"
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "heads must be contiguous"
     bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
-    with on_device(q.device):
-        _attention_fwd_kernel[grid](
-            out, lse, q, k, v, key_mask, bias, seed if bits else None, *maps,
-            *strides_of(out), *((0, *lse.stride())[-3:-1]),
-            *strides_of(q), *strides_of(k), *strides_of(v),
-            0 if key_mask is None else key_mask.stride(0),
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
-            *sizes, scale * LOG2E.value, threshold, dropout_scale,
-            HEAD_DIM=q.shape[-1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d, SINGLE=tile.single, RELOAD_Q=q.dtype == torch.float32,
-            DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    launch(
+        _attention_fwd_kernel, grid,
+        out, lse, q, k, v, key_mask, bias, seed if bits else None, *maps,
+        *strides_of(out), *((0, *lse.stride())[-3:-1]),
+        *strides_of(q), *strides_of(k), *strides_of(v),
+        0 if key_mask is None else key_mask.stride(0),
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *sizes, scale * LOG2E.value, threshold, dropout_scale,
+        HEAD_DIM=q.shape[-1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_D=tile.block_d, SINGLE=tile.single, RELOAD_Q=q.dtype == torch.float32,
+        DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E
-from ._device import input_precision, on_device
+from ._device import input_precision
 from ._dropout import dropout_keys, dropout_levels, keep_scores
-from ._tiles import AttentionTile
+from ._launch import launch
+from ._tiles import AttentionTile, cdiv
 from .attention import load_lse, load_rows, mask_scores, strides_of, weights
 
 __all__ = ["attention_bias_bwd"]
@@ -159,16 +160,16 @@ def attention_bias_bwd(
     if dbias.numel() == 0 or q.numel() == 0:
         return dbias.zero_()
     bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
-    tiles = triton.cdiv(len_q, tile.block_m) * triton.cdiv(len_k, tile.block_n)
-    with on_device(q.device):
-        _attention_bwd_kernel_bias[(tiles, kept_h, kept_b)](
-            dbias, do, q, k, v, lse, delta, key_mask, bias, seed if bits else None,
-            *(stride for t in (do, q, k, v) for stride in strides_of(t)),
-            *lse.stride()[:2], 0 if key_mask is None else key_mask.stride(0), *bias.stride(),
-            batch_size, num_heads, len_q, len_k, scale * LOG2E.value, threshold, dropout_scale,
-            HEAD_DIM=head_dim, SUM_SEQUENCES=over_b, SUM_HEADS=over_h,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-            DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    tiles = cdiv(len_q, tile.block_m) * cdiv(len_k, tile.block_n)
+    launch(
+        _attention_bwd_kernel_bias, (tiles, kept_h, kept_b),
+        dbias, do, q, k, v, lse, delta, key_mask, bias, seed if bits else None,
+        *(stride for t in (do, q, k, v) for stride in strides_of(t)),
+        *lse.stride()[:2], 0 if key_mask is None else key_mask.stride(0), *bias.stride(),
+        batch_size, num_heads, len_q, len_k, scale * LOG2E.value, threshold, dropout_scale,
+        HEAD_DIM=head_dim, SUM_SEQUENCES=over_b, SUM_HEADS=over_h,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+        DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return dbias

@@ -27,10 +27,11 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E
-from ._device import device_arch, input_precision, on_device
+from ._device import device_arch, input_precision
 from ._dropout import dropout_keys, dropout_levels, keep_scores
-from ._tiles import AttentionBwdTiles, AttentionTile, attention_bwd_tiles
-from .attention import load_lse, load_rows, locate, mask_scores, strides_of, weights
+from ._launch import launch
+from ._tiles import AttentionBwdTiles, AttentionTile, attention_bwd_tiles, cdiv
+from .attention import load_lse, load_rows, locate, masked_product, strides_of, weights
 from .attention_bias_bwd import attention_bias_bwd
 
 __all__ = ["attention_padded_bwd", "attention_varlen_bwd"]
@@ -60,9 +61,9 @@ def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_
     """Adds one tile of keys to dq."""
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-    s = mask_scores(s, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q,
-                    stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS)  # fmt: skip
+    s = masked_product(q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :],
+                       stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS,
+                       INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]  # fmt: skip
     p = weights(s, lse[:, None], scale_log2, bias_ptr is not None)
     dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
     if DROPOUT_BITS:
@@ -176,9 +177,9 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
     lse = load_lse(lse_ptr, offs_m, len_q)
     delta = tl.load(delta_ptr + offs_m, mask=offs_m < len_q, other=0.0)
-    s = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-    s = mask_scores(s, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None], stride_bias_q,
-                    stride_bias_k, len_q, len_k, scale_log2, bias_ptr is not None)  # fmt: skip
+    s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
+                       stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
+                       bias_ptr is not None, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
     p = weights(s, lse[None, :], scale_log2, bias_ptr is not None)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
     dropped = p
@@ -348,9 +349,9 @@ def _attention_bwd_kernel_whole(
     delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, HEAD_DIM, BLOCK_D)
     tl.store(delta_ptr + statistics + offs_m, delta, mask=offs_m < seq_q)
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
-    s = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-    s = mask_scores(s, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None], stride_bias_q,
-                    stride_bias_k, seq_q, seq_k, scale_log2, True)  # fmt: skip
+    s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
+                       stride_bias_q, stride_bias_k, seq_q, seq_k, scale_log2, True,
+                       INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
     p = weights(s, lse[None, :], scale_log2, bias_ptr is not None)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
     dropped = p
@@ -454,14 +455,15 @@ def attention_padded_bwd(
     tiles = attention_bwd_tiles(
         head_dim=head_dim, dtype=q.dtype, arch=device_arch(q.device),
         max_seqlen_q=len_q, max_seqlen_k=len_k, has_bias=bias is not None,
+        dropout_bits=common.constants["DROPOUT_BITS"],
     )  # fmt: skip
     none = (None, None)
     if q.numel() and tiles.is_whole:
         common.launch_whole(tiles.whole, none, (batch_size, num_heads), (len_q, len_k))
     elif q.numel():
         for launch, tile, count in (
-            (common.launch_dq, tiles.dq, triton.cdiv(len_q, tiles.dq.block_m)),
-            (common.launch_dkdv, tiles.dkdv, triton.cdiv(len_k, tiles.dkdv.block_n)),
+            (common.launch_dq, tiles.dq, cdiv(len_q, tiles.dq.block_m)),
+            (common.launch_dkdv, tiles.dkdv, cdiv(len_k, tiles.dkdv.block_n)),
         ):
             grid = (batch_size * count, num_heads)
             launch(tile, (*none, None), grid, (count, len_q, len_k))
@@ -495,7 +497,7 @@ class _Common:
             *((0, 0, 0, 0) if bias is None else bias.stride()),
         )
         self.scale_log2 = scale * LOG2E.value
-        self.scalars = (scale, self.scale_log2, threshold, dropout_scale)
+        self.scalars = (float(scale), self.scale_log2, threshold, dropout_scale)
         self.reload = q.dtype == torch.float32  # fp32 operands would stay in registers
         self.constants = {
             "HEAD_DIM": q.shape[-1],
@@ -504,12 +506,11 @@ class _Common:
         }
 
     def _launch(self, kernel, grid, tile: AttentionTile, *args, **constants) -> None:
-        with on_device(self.q.device):
-            kernel[grid](
-                *args, **self.constants, **constants,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+        launch(
+            kernel, grid, *args, **self.constants, **constants,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
     def launch_dq(self, tile, maps, grid, sizes) -> None:
         rows = (self.do, self.out, self.q, self.k, self.v)

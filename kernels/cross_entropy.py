@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 
 from ._common import LN2, LOG2E
-from ._device import device_arch, on_device
+from ._device import device_arch
+from ._launch import launch
 from ._tiles import cross_entropy_tile
 
-__all__ = ["cross_entropy_"]
+__all__ = ["PADDED_TO", "cross_entropy_"]
+
+PADDED_TO = 64  # columns; Triton sees the alignment of a mask's end in multiples of 16
 
 
 @triton.jit(do_not_specialize=["smoothing"])
@@ -28,6 +31,7 @@ def _cross_entropy_kernel(
     stride_x_m,
     smoothing,
     N: tl.constexpr,
+    N_PADDED: tl.constexpr,  # columns of x; from N on they are read and written and mean nothing
     GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +44,8 @@ def _cross_entropy_kernel(
     sum_x = 0.0
     for start in range(0, N, BLOCK_N):
         mask = start + offs_n < N
-        x = tl.load(x_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+        x = tl.load(x_ptr + start + offs_n, mask=start + offs_n < N_PADDED, other=0.0)
+        x = tl.where(mask, x.to(tl.float32), 0.0)  # [BLOCK_N]
         if bias_ptr is not None:
             x += tl.load(bias_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
         sum_x += tl.sum(x, 0)
@@ -61,13 +66,14 @@ def _cross_entropy_kernel(
     if GRADIENT:
         tl.debug_barrier()  # every thread has read x[label]
         for start in range(0, N, BLOCK_N):
-            mask = start + offs_n < N
-            x = tl.load(x_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            inside_x = start + offs_n < N_PADDED
+            x = tl.load(x_ptr + start + offs_n, mask=inside_x, other=0.0).to(tl.float32)
             if bias_ptr is not None:
+                mask = start + offs_n < N
                 x += tl.load(bias_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.exp2((x - top) * LOG2E) / total - smoothing / N
             gradient -= tl.where(start + offs_n == label, 1.0 - smoothing, 0.0)
-            tl.store(x_ptr + start + offs_n, gradient.to(x_ptr.dtype.element_ty), mask=mask)
+            tl.store(x_ptr + start + offs_n, gradient.to(x_ptr.dtype.element_ty), mask=inside_x)
 
 
 def cross_entropy_(
@@ -75,30 +81,36 @@ def cross_entropy_(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     *,
+    classes: int,
     smoothing: float,
     gradient: bool,
 ) -> torch.Tensor:
     """Losses of rows of logits.
 
     Args:
-        x: ``[M, N]``, any row stride; with ``gradient`` it becomes that of the sum of the losses.
+        x: ``[M, N or more]``, any row stride; with ``gradient`` it becomes that of the sum of the
+            losses. Columns from N on hold anything; with a multiple of `PADDED_TO` of them, rows
+            are read 16 bytes at a time.
         bias: ``[N]`` or None, added to every row.
         labels: int64 ``[M]``, from 0 to N - 1; elsewhere the loss is NaN.
+        classes: N.
         smoothing: of the labels, 0 to 1.
         gradient: whether to overwrite ``x``.
 
     Returns:
         fp32 ``[M]``.
     """
-    m, n = x.shape
+    m, width = x.shape
     assert x.stride(1) == 1, "in place: rows must be contiguous"
+    assert classes <= width, f"{classes} classes do not fit {width} columns"
     loss = torch.empty(m, dtype=torch.float32, device=x.device)
     if m == 0:
         return loss
-    tile = cross_entropy_tile(n, device_arch(x.device))
-    with on_device(x.device):
-        _cross_entropy_kernel[(m,)](
-            loss, x, bias, labels.contiguous(), x.stride(0), smoothing,
-            N=n, GRADIENT=gradient, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    tile = cross_entropy_tile(classes, device_arch(x.device))
+    launch(
+        _cross_entropy_kernel, (m,),
+        loss, x, bias, labels.contiguous(), x.stride(0), float(smoothing),
+        N=classes, N_PADDED=width, GRADIENT=gradient, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
     return loss

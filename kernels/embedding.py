@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import device_arch, on_device
-from ._tiles import MAX_ROW, layernorm_tile
-from .layernorm import normalize
+from ._device import device_arch
+from ._launch import launch
+from ._tiles import MAX_ROW, cdiv, layernorm_tile
+from .layernorm import STATISTICS, normalize
 
 __all__ = ["embedding_fwd"]
 
@@ -29,7 +30,12 @@ def _gather(table_ptr, ids_ptr, num_rows, offs_m, mask_m, offs_n, mask_n, stride
     return tl.where(valid[:, None], values, float("nan"))
 
 
-@triton.jit(do_not_specialize=["M", "num_words", "num_positions", "num_types"])
+@triton.jit(
+    do_not_specialize=["M", "num_words", "num_positions", "num_types"],
+    do_not_specialize_on_alignment=[
+        *STATISTICS, "token_ids_ptr", "position_ids_ptr", "token_type_ids_ptr",
+    ],
+)  # fmt: skip
 def _embedding_fwd_kernel(
     y_ptr,  # [M, N]
     z_ptr,  # [M, N], the sum, or None
@@ -110,11 +116,11 @@ def embedding_fwd(
     if m == 0:
         return y, z, statistics
     tile = layernorm_tile(n, device_arch(word.device))
-    with on_device(word.device):
-        _embedding_fwd_kernel[(triton.cdiv(m, tile.rows),)](
-            y, z, *statistics, *ids, *tables, weight, bias,
-            y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
-            m, *(0 if t is None else t.shape[0] for t in tables), eps,
-            N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _embedding_fwd_kernel, (cdiv(m, tile.rows),),
+        y, z, *statistics, *ids, *tables, weight, bias,
+        y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
+        m, *(0 if t is None else t.shape[0] for t in tables), float(eps),
+        N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y, z, statistics

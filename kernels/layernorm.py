@@ -20,13 +20,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import device_arch, num_sms, on_device
+from ._device import device_arch, num_sms
 from ._dropout import dropout_levels, keep_values
-from ._tiles import MAX_ROW, layernorm_bwd_tile, layernorm_tile
+from ._launch import launch
+from ._sums import column_sums
+from ._tiles import MAX_ROW, cdiv, layernorm_bwd_tile, layernorm_tile
 
 __all__ = ["layernorm_again", "layernorm_bwd", "layernorm_fwd", "normalize"]
 
-_PROGRAMS_PER_SM = 4  # of backward; each leaves a row of partial sums
+_PROGRAMS_PER_SM = 8  # of backward; each leaves a row of partial sums
+# Both are in one tensor: where the second one starts depends on how many rows there are, which must
+# not compile a kernel anew.
+STATISTICS = ["mean_ptr", "rstd_ptr"]
+
+
+def stages(block_n: int) -> int:
+    """Steps of backward in flight: more than one where shared memory has room for them."""
+    return 3 if block_n <= 2048 else 1
 
 
 @triton.jit
@@ -51,7 +61,7 @@ def normalize(z, mask_n, weight_ptr, bias_ptr, offs_n, eps, N: tl.constexpr):
     return _affine(centred, rstd, mask_n, weight_ptr, bias_ptr, offs_n), mean, rstd
 
 
-@triton.jit(do_not_specialize=["M", "dropout_threshold"])
+@triton.jit(do_not_specialize=["M", "dropout_threshold"], do_not_specialize_on_alignment=STATISTICS)
 def _layernorm_fwd_kernel(
     y_ptr,  # [M, N]
     z_ptr,  # [M, N], the sum, or None
@@ -93,7 +103,7 @@ def _layernorm_fwd_kernel(
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=STATISTICS)
 def _layernorm_again_kernel(
     y_ptr,  # [M, N]
     z_ptr,  # [M, N], contiguous
@@ -116,7 +126,7 @@ def _layernorm_again_kernel(
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "dropout_threshold"])
+@triton.jit(do_not_specialize=["M", "dropout_threshold"], do_not_specialize_on_alignment=STATISTICS)
 def _layernorm_bwd_kernel(
     dx_ptr,  # [M, N], contiguous
     dresidual_ptr,  # [M, N], contiguous, or None where dx is it
@@ -130,7 +140,7 @@ def _layernorm_bwd_kernel(
     M,
     dropout_threshold, dropout_scale,
     N: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
@@ -138,7 +148,9 @@ def _layernorm_bwd_kernel(
     acc_dweight = tl.zeros([BLOCK_N], tl.float32)
     acc_dbias = tl.zeros([BLOCK_N], tl.float32)
     acc_dinput_bias = tl.zeros([BLOCK_N], tl.float32)
-    for block in range(pid, tl.cdiv(M, ROWS), tl.num_programs(0)):
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    for block in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         offs_m = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
@@ -151,7 +163,6 @@ def _layernorm_bwd_kernel(
         h = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
         g = dy
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             g = dy * weight[None, :]
         mean_g = tl.sum(g, 1) / N
         mean_gh = tl.sum(g * h, 1) / N
@@ -220,13 +231,13 @@ def layernorm_fwd(
         return y, z, statistics
     bits, threshold, scale = dropout_levels(dropout_p, coarse=False)
     tile = layernorm_tile(n, device_arch(x.device))
-    with on_device(x.device):
-        _layernorm_fwd_kernel[(triton.cdiv(m, tile.rows),)](
-            y, z, *statistics, x, residual, input_bias, weight, bias, seed if bits else None,
-            y.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), m, eps,
-            threshold, scale,
-            N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _layernorm_fwd_kernel, (cdiv(m, tile.rows),),
+        y, z, *statistics, x, residual, input_bias, weight, bias, seed if bits else None,
+        y.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), m, float(eps),
+        threshold, scale,
+        N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y, z, statistics
 
 
@@ -253,11 +264,11 @@ def layernorm_again(
     if y.numel() == 0:
         return y
     tile = layernorm_tile(n, device_arch(z.device))
-    with on_device(z.device):
-        _layernorm_again_kernel[(triton.cdiv(m, tile.rows),)](
-            y, z, *statistics, weight, bias, m,
-            N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _layernorm_again_kernel, (cdiv(m, tile.rows),),
+        y, z, *statistics, weight, bias, m,
+        N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -272,7 +283,7 @@ def layernorm_bwd(
     sums: tuple[bool, bool, bool] = (False, False, False),
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients of LayerNorm of a sum.
 
     Args:
@@ -286,7 +297,7 @@ def layernorm_bwd(
 
     Returns:
         dx ``[M, N]``; the gradient of the residual where it is wanted and another than dx (with
-        dropout, or in another dtype), else None; the three sums, fp32 ``[N]`` each or None.
+        dropout, or in another dtype), else None; the sums that are wanted, fp32 ``[0 to 3, N]``.
     """
     m, n = dy.shape
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
@@ -296,16 +307,16 @@ def layernorm_bwd(
     if residual_dtype is not None and (bits or residual_dtype != dx_dtype):
         dresidual = torch.empty(m, n, dtype=residual_dtype, device=dy.device)
     tile = layernorm_bwd_tile(n, device_arch(dy.device))
-    programs = min(triton.cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(dy.device))
-    partial = [
-        torch.empty(programs, n, dtype=torch.float32, device=dy.device) if wanted else None
-        for wanted in sums
-    ]
+    programs = min(cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(dy.device))
+    shares = torch.empty(sum(sums), programs, n, dtype=torch.float32, device=dy.device)
+    each = iter(shares)
+    partial = [next(each) if wanted else None for wanted in sums]
     if dx.numel():
-        with on_device(dy.device):
-            _layernorm_bwd_kernel[(programs,)](
-                dx, dresidual, *partial, dy, z, *statistics, weight, seed if bits else None,
-                dy.stride(0), m, threshold, scale,
-                N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            )  # fmt: skip
-    return dx, dresidual, [p if p is None else p.sum(0) for p in partial]
+        launch(
+            _layernorm_bwd_kernel, (programs,),
+            dx, dresidual, *partial, dy, z, *statistics, weight, seed if bits else None,
+            dy.stride(0), m, threshold, scale,
+            N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=stages(tile.block_n),
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dx, dresidual, column_sums(shares) if dx.numel() else shares.sum(1)

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 
 from ._common import ACTIVATIONS, activate, activation_slope
-from ._device import device_arch, input_precision, num_sms, on_device
-from ._tiles import bias_activation_tile, gemm_tile
+from ._device import device_arch, input_precision, num_sms
+from ._launch import launch
+from ._sums import column_sums
+from ._tiles import bias_activation_tile, cdiv, gemm_tile
 
 __all__ = [
     "activation_bwd",
@@ -158,15 +160,15 @@ def linear_activation_fwd(
     if y.numel() == 0:
         return y
     tile = gemm_tile(m=m, dtype=x.dtype, arch=device_arch(x.device))
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    with on_device(x.device):
-        _linear_fwd_kernel[(min(tiles, _PROGRAMS_PER_SM * num_sms(x.device)),)](
-            y, x, weight, bias, y.stride(0), x.stride(0), weight.stride(0), m,
-            N=n, K=k, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
-            INPUT_PRECISION=input_precision(x.dtype),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    launch(
+        _linear_fwd_kernel, (min(tiles, _PROGRAMS_PER_SM * num_sms(x.device)),),
+        y, x, weight, bias, y.stride(0), x.stride(0), weight.stride(0), m,
+        N=n, K=k, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+        INPUT_PRECISION=input_precision(x.dtype),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return y
 
 
@@ -189,12 +191,12 @@ def bias_activation_fwd_(
     if x.numel() == 0:
         return x
     tile = bias_activation_tile(n, device_arch(x.device))
-    with on_device(x.device):
-        _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
-            x, x, bias, x.stride(0), x.stride(0), m,
-            N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
-            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _bias_activation_fwd_kernel, (cdiv(m, tile.rows), cdiv(n, tile.block_n)),
+        x, x, bias, x.stride(0), x.stride(0), m,
+        N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+        ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return x
 
 
@@ -214,12 +216,12 @@ def activation_fwd(x: torch.Tensor, *, activation: str) -> torch.Tensor:
     if y.numel() == 0:
         return y
     tile = bias_activation_tile(n, device_arch(x.device))
-    with on_device(x.device):
-        _bias_activation_fwd_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.block_n))](
-            y, x, None, n, n, m,
-            N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
-            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _bias_activation_fwd_kernel, (cdiv(m, tile.rows), cdiv(n, tile.block_n)),
+        y, x, None, n, n, m,
+        N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+        ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -249,15 +251,17 @@ def activation_bwd(
     dx = torch.empty(m, n, dtype=x.dtype, device=x.device)
     y = torch.empty_like(dx) if again else None
     tile = bias_activation_tile(n, device_arch(x.device))
-    programs = min(triton.cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(x.device))
+    programs = min(cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(x.device))
     dbias = None
     if bias_gradient:
-        dbias = torch.empty(programs, n, dtype=torch.float32, device=x.device)
+        dbias = torch.empty(1, programs, n, dtype=torch.float32, device=x.device)
     if dx.numel():
-        with on_device(x.device):
-            _activation_bwd_kernel[(programs, triton.cdiv(n, tile.block_n))](
-                dx, y, dbias, dy, x, dy.stride(0), m,
-                N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
-                ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            )  # fmt: skip
-    return dx, y, None if dbias is None else dbias.sum(0)
+        launch(
+            _activation_bwd_kernel, (programs, cdiv(n, tile.block_n)),
+            dx, y, dbias, dy, x, dy.stride(0), m,
+            N=n, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
+            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    if dbias is not None:
+        dbias = (column_sums(dbias) if dx.numel() else dbias.sum(1))[0]
+    return dx, y, dbias

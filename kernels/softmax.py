@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E
-from ._device import device_arch, on_device
-from ._tiles import MAX_ROW, softmax_tile
+from ._device import device_arch
+from ._launch import launch
+from ._tiles import MAX_ROW, cdiv, softmax_tile
 
 __all__ = ["softmax_bwd", "softmax_fwd"]
 
@@ -97,14 +98,14 @@ def softmax_fwd(x: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> 
     m = batch_size * num_heads * num_queries
     assert m < 2**31, f"at most 2**31 rows, got {m}"
     tile = softmax_tile(n, device_arch(x.device))
-    with on_device(x.device):
-        _softmax_fwd_kernel[(triton.cdiv(m, tile.rows),)](
-            y, x, mask,
-            *x.stride()[:3], *((0, 0, 0, 0) if mask is None else mask.stride()),
-            m, num_heads, num_queries, n, float(scale),
-            IS_BOOL=is_bool, ROWS=tile.rows, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _softmax_fwd_kernel, (cdiv(m, tile.rows),),
+        y, x, mask,
+        *x.stride()[:3], *((0, 0, 0, 0) if mask is None else mask.stride()),
+        m, num_heads, num_queries, n, float(scale),
+        IS_BOOL=is_bool, ROWS=tile.rows, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -126,9 +127,9 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, *, scale: float) -> torch.Ten
     n = y.shape[-1]
     m = y.numel() // n
     tile = softmax_tile(n, device_arch(y.device))
-    with on_device(y.device):
-        _softmax_bwd_kernel[(triton.cdiv(m, tile.rows),)](
-            dx, dy, y, m, n, float(scale),
-            ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-        )  # fmt: skip
+    launch(
+        _softmax_bwd_kernel, (cdiv(m, tile.rows),),
+        dx, dy, y, m, n, float(scale),
+        ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
     return dx

@@ -84,7 +84,7 @@ def test_no_tensor_of_all_logits_exists(device, each_backend, monkeypatch):
     labels = torch.randint(0, 300, (400,), device=device)
     with _Largest() as seen:
         gradients(lambda *t: ops.linear_cross_entropy(*t, labels), (x, weight, bias), x.dtype)
-    assert 16 * 300 <= seen.numel <= 16 * 304 < 400 * 300
+    assert 16 * 300 <= seen.numel <= 16 * (300 + 64) < 400 * 300
     with _Largest() as seen:
         gradients(lambda *t: by_torch(*t, labels), (x, weight, bias), x.dtype)
     assert seen.numel == 400 * 300  # the measure works
@@ -209,7 +209,7 @@ def test_kernel_marks_a_label_outside_the_vocabulary(device):
     kernel = pytest.importorskip("fastbert.kernels.cross_entropy", exc_type=ImportError)
     x = torch.randn(4, 10, device=device)
     labels = torch.tensor([3, 10, -1, 9], device=device)
-    losses = kernel.cross_entropy_(x.clone(), None, labels, smoothing=0.0, gradient=True)
+    losses = kernel.cross_entropy_(x.clone(), None, labels, classes=10, smoothing=0, gradient=True)
     assert losses.isnan().tolist() == [False, True, True, False]
     exact = F.cross_entropy(x[[0, 3]].double(), labels[[0, 3]], reduction="none")
     torch.testing.assert_close(losses[[0, 3]].double(), exact, atol=1e-5, rtol=1e-5)

@@ -13,11 +13,11 @@ from fakes import FakeClock
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
+from fastbert.benchmarks.tracing import summarise
 from fastbert.kernels._cards import CARDS, LIMITS, card_named
 
 from fastbert.cli import app
 from fastbert.workbench import fuzz, sass
-from fastbert.workbench.profile import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "from fastbert.cli import main; main()"

@@ -318,9 +318,9 @@ def profile(
     from fastbert.benchmarks.limits import measure_limits
     from fastbert.benchmarks.model_workloads import inference
     from fastbert.benchmarks.timing import CudaClock
+    from fastbert.benchmarks.tracing import profile_forward
     from fastbert.benchmarks.workload import OURS
 
-    from ..workbench.profile import profile_forward
     from ..workbench.terminal import show_profile
 
     workload = inference(size, batch, length, lengths=lengths, dtype=torch.bfloat16)

@@ -8,6 +8,7 @@ have, so that they may be views of one projection ``[T, 3, H, D]``.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from .dropout import check_dropout, dropout_seed
 from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
 from .registry import define
 
-__all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of"]
+if TYPE_CHECKING:
+    from ..kernels._tiles import AttentionTile
 
-_MAX_HEAD_SIZE = 128
+__all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of", "tile_for"]
+
+MAX_HEAD_SIZE = 128
 # How far the level of a row of the bias may be from zero: from here its sum's logarithm loses more
 # than its last bits, from here nothing is left of the scores in fp64 either, and what says so.
 _FAR, _DROWNED, _ALIKE = 64.0, 2.0**60, 2.0**100
@@ -43,7 +47,7 @@ def _launch_varlen(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_varlen_fwd
 
-    tile = _tile(q, max_seqlen_q, max_seqlen_k)
+    tile = tile_for(q, max_seqlen_q, max_seqlen_k)
     return attention_varlen_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale, dropout_p=dropout_p,
         seed=seed,
@@ -73,7 +77,8 @@ def _launch_varlen_bwd(
     results = _varlen_gradients(q, k, fused)
     attention_varlen_bwd(
         do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, tile_map_k,
-        results[0].unbind(1) if fused else results, _bwd_tiles(q, max_seqlen_q, max_seqlen_k),
+        results[0].unbind(1) if fused else results,
+        _bwd_tiles(q, max_seqlen_q, max_seqlen_k, dropout_p),
         scale=scale, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     return results
@@ -138,7 +143,8 @@ def _padded_bwd_shapes(do, q, k, v, out, lse, key_mask, bias, scale, p, seed, bi
     return like(q), like(k), like(v), dbias
 
 
-def _tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
+def tile_for(q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> AttentionTile:
+    """The tile of packed attention for these longest sequences."""
     from ..kernels._device import device_arch
     from ..kernels._tiles import attention_tile
 
@@ -151,8 +157,9 @@ def _tile(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
     )
 
 
-def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
+def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float):
     from ..kernels._device import device_arch
+    from ..kernels._dropout import dropout_levels
     from ..kernels._tiles import attention_bwd_tiles
 
     return attention_bwd_tiles(
@@ -161,6 +168,7 @@ def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int):
         arch=device_arch(q.device),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        dropout_bits=dropout_levels(dropout_p, coarse=True)[0],
     )
 
 
@@ -219,7 +227,7 @@ class _AttentionVarlen(torch.autograd.Function):
         fused = len(tensors) == 1
         q, k, v = tensors[0].unbind(1) if fused else tensors
         batch, keys = ctx.batch, ctx.keys
-        tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen)
+        tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, ctx.dropout_p)
         gradients = _attention_varlen_bwd(
             rows_contiguous(do), q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
             batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n),
@@ -283,7 +291,7 @@ def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    tile = _tile(q, batch.max_seqlen, keys.max_seqlen)
+    tile = tile_for(q, batch.max_seqlen, keys.max_seqlen)
     return _attention_varlen(
         q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
         batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed,
@@ -515,8 +523,8 @@ def backend_of(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
     if chosen == "torch":
         return chosen
     gap = None
-    if q.shape[-1] > _MAX_HEAD_SIZE:
-        gap = f"head sizes up to {_MAX_HEAD_SIZE}, got {q.shape[-1]}"
+    if q.shape[-1] > MAX_HEAD_SIZE:
+        gap = f"head sizes up to {MAX_HEAD_SIZE}, got {q.shape[-1]}"
     elif dropout_p > 0.0 and max_seqlen > _MAX_DROPOUT_LENGTH:
         gap = f"dropout in sequences of up to {_MAX_DROPOUT_LENGTH} tokens, got {max_seqlen}"
     if gap is None:

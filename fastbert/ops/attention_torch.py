@@ -24,13 +24,17 @@ def _sdpa(
     scale: float,
     unfused: bool,
 ) -> Tensor:
-    twice = unfused and wants_gradient(q, k, v, mask) and not torch.compiler.is_compiling()
-    if twice or watched():
+    # With dropout also where nobody wants a gradient yet: activation checkpointing computes it
+    # again with one, and the same numbers must be drawn in the same way.
+    twice = unfused and (dropout_p > 0.0 or wants_gradient(q, k, v, mask))
+    if (twice and not torch.compiler.is_compiling()) or watched():
         # The context manager that chooses this for SDPA is for the whole process, not for a call.
         if mask is not None and mask.dtype == torch.bool:  # which it would add
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         math_attention = torch.ops.aten._scaled_dot_product_attention_math
-        return math_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)[0]
+        # Its softmax would be in fp32 under autocast, and has no gradient for bf16 then.
+        with torch.autocast(q.device.type, enabled=False):
+            return math_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)[0]
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
 
 

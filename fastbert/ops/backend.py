@@ -85,6 +85,11 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
     return _known[key]
 
 
+# torch.compiler.assume_constant_result, without importing the compiler: probing is not for it to
+# trace, in a process whose first call is a compiled one.
+unavailable._dynamo_marked_constant = True
+
+
 def _probe(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

@@ -24,18 +24,23 @@ _REDUCTIONS = ("mean", "sum")
 
 
 def _launch(
-    x: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, gradient: bool
+    x: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    classes: int,
+    smoothing: float,
+    gradient: bool,
 ) -> Tensor:
     from ..kernels.cross_entropy import cross_entropy_
 
-    return cross_entropy_(x, bias, labels, smoothing=smoothing, gradient=gradient)
+    return cross_entropy_(x, bias, labels, classes=classes, smoothing=smoothing, gradient=gradient)
 
 
 _cross_entropy_ = define(
-    "cross_entropy_(Tensor(a!) x, Tensor? bias, Tensor labels, float smoothing, bool gradient) "
-    "-> Tensor",
+    "cross_entropy_(Tensor(a!) x, Tensor? bias, Tensor labels, int classes, float smoothing, "
+    "bool gradient) -> Tensor",
     _launch,
-    lambda x, bias, labels, smoothing, gradient: x.new_empty(x.shape[0], dtype=torch.float32),
+    lambda x, *rest: x.new_empty(x.shape[0], dtype=torch.float32),
 )
 
 
@@ -72,11 +77,16 @@ class _Chunks:
             logits = linear(rows, self.weight, self.bias)
             return _losses_in_torch(logits, labels, self.smoothing, gradient), logits
         vocabulary = self.weight.shape[0]
-        if self.buffer is None:  # rows that start on 16 bytes, for loads of that width
-            self.buffer = rows.new_empty(rows.shape[0], -(-vocabulary // 8) * 8)
-        logits = self.buffer[: rows.shape[0], :vocabulary]
+        if self.buffer is None:
+            from ..kernels.cross_entropy import PADDED_TO
+
+            width = -(-vocabulary // PADDED_TO) * PADDED_TO
+            self.buffer = rows.new_empty(rows.shape[0], width)
+            self.buffer[:, vocabulary:] = 0.0
+        padded = self.buffer[: rows.shape[0]]
+        logits = padded[:, :vocabulary]
         torch.mm(rows, self.weight.t(), out=logits)
-        losses = _cross_entropy_(logits, self.bias, labels, self.smoothing, gradient)
+        losses = _cross_entropy_(padded, self.bias, labels, vocabulary, self.smoothing, gradient)
         return losses, logits
 
 

@@ -70,16 +70,20 @@ class _Embed(torch.autograd.Function):
         ctx.rows = [0 if t is None else t.shape[0] for t in (word, position, token_type)]
         ctx.bias_dtype, ctx.padding_idx = bias.dtype, padding_idx
         ctx.mark_non_differentiable(z, statistics)
+        ctx.set_materialize_grads(False)  # z and statistics would get zeros of their sizes
         return y, z, statistics
 
     @staticmethod
     @first_order_only
-    def backward(ctx, dy: Tensor, *unused):
+    def backward(ctx, dy: Tensor | None, *unused):
+        if dy is None:
+            return (None,) * 11
         *all_ids, z, statistics, weight = ctx.saved_tensors
         need_tables, (need_weight, need_bias) = ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:8]
-        dz, _, dweight, dbias, _ = layer_norm_bwd(
+        dz, _, totals = layer_norm_bwd(
             dy, z, statistics, weight, z.dtype, None, [need_weight, need_bias, False], 0.0, None
         )
+        total = iter(totals)
         paddings = (-1 if ctx.padding_idx is None else ctx.padding_idx, -1, -1)
         tables = [
             # An id outside its table has made the loss NaN; it must not write outside as well.
@@ -95,8 +99,8 @@ class _Embed(torch.autograd.Function):
         return (
             *(None,) * 3,
             *tables,
-            dweight.to(weight.dtype) if need_weight else None,
-            dbias.to(ctx.bias_dtype) if need_bias else None,
+            next(total).to(weight.dtype) if need_weight else None,
+            next(total).to(ctx.bias_dtype) if need_bias else None,
             *(None,) * 3,
         )
 

@@ -60,26 +60,23 @@ def _launch_bwd(
     sums: list[bool],
     dropout_p: float,
     seed: Tensor | None,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.layernorm import layernorm_bwd
 
-    dx, dresidual, of_rows = layernorm_bwd(
+    dx, dresidual, totals = layernorm_bwd(
         dy, z, statistics, weight, dx_dtype=dx_dtype, residual_dtype=residual_dtype, sums=sums,
         dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    return [dy.new_empty(0) if t is None else t for t in (dx, dresidual, *of_rows)]
+    return dx, dy.new_empty(0) if dresidual is None else dresidual, totals
 
 
 def _bwd_shapes(dy, z, statistics, weight, dx_dtype, residual_dtype, sums, dropout_p, seed):
     own = residual_dtype is not None and (dropout_p > 0.0 or residual_dtype != dx_dtype)
-    return [
+    return (
         dy.new_empty(dy.shape, dtype=dx_dtype),
         dy.new_empty(dy.shape, dtype=residual_dtype) if own else dy.new_empty(0),
-        *(
-            dy.new_empty(dy.shape[1], dtype=torch.float32) if wanted else dy.new_empty(0)
-            for wanted in sums
-        ),
-    ]
+        dy.new_empty(sum(sums), dy.shape[1], dtype=torch.float32),
+    )
 
 
 _layer_norm = define(
@@ -89,10 +86,12 @@ _layer_norm = define(
     _launch,
     _shapes,
 )
-# Not wanted gradients are empty; that of the residual too where it is dx itself.
+# dx, the gradient of the residual (empty where it is dx itself or not wanted), and those of weight,
+# bias and input_bias that are wanted, one below the other.
 layer_norm_bwd = define(
     "layer_norm_bwd(Tensor dy, Tensor z, Tensor statistics, Tensor? weight, ScalarType dx_dtype, "
-    "ScalarType? residual_dtype, bool[] sums, float dropout_p, Tensor? seed) -> Tensor[]",
+    "ScalarType? residual_dtype, bool[] sums, float dropout_p, Tensor? seed) "
+    "-> (Tensor, Tensor, Tensor)",
     _launch_bwd,
     _bwd_shapes,
 )
@@ -111,26 +110,30 @@ class _LayerNorm(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         ctx.input_bias_dtype = None if input_bias is None else input_bias.dtype
         ctx.mark_non_differentiable(z, statistics)
+        ctx.set_materialize_grads(False)  # z and statistics would get zeros of their sizes
         return y, z, statistics
 
     @staticmethod
     @first_order_only
-    def backward(ctx, dy: Tensor, *unused):
+    def backward(ctx, dy: Tensor | None, *unused):
+        if dy is None:
+            return (None,) * 9
         z, statistics, weight, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, need_input_bias = ctx.needs_input_grad[:5]
         x_dtype, weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
-        dx, dresidual, dweight, dbias, dinput_bias = layer_norm_bwd(
+        dx, dresidual, totals = layer_norm_bwd(
             dy, z, statistics, weight, x_dtype, residual_dtype if need_residual else None,
             [need_weight, need_bias, need_input_bias], ctx.dropout_p, seed,
         )  # fmt: skip
+        total = iter(totals)
         if need_residual and dresidual.numel() == 0:
             dresidual = dx
         return (
             dx if need_x else None,
-            dweight.to(weight_dtype) if need_weight else None,
-            dbias.to(bias_dtype) if need_bias else None,
+            next(total).to(weight_dtype) if need_weight else None,
+            next(total).to(bias_dtype) if need_bias else None,
             dresidual if need_residual else None,
-            dinput_bias.to(ctx.input_bias_dtype) if need_input_bias else None,
+            next(total).to(ctx.input_bias_dtype) if need_input_bias else None,
             *(None,) * 4,
         )
 

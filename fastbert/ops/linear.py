@@ -30,6 +30,7 @@ __all__ = [
     "linear_add_norm",
     "linear_gelu",
     "linear_stacked",
+    "route",
 ]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -98,7 +99,7 @@ def linear(
     if activation is None or x.numel() == 0:
         return linear_ref(x, weight, bias, activation=activation)
     rows = x.reshape(-1, x.shape[-1])
-    if _route(rows, weight) == "fused":
+    if route(rows, weight) == "fused":
         out = _linear_activation(rows, weight, bias, activation)
     else:
         out = F.linear(rows, weight)
@@ -284,7 +285,8 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
         raise ValueError(f"linear: expected a bias ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _route(rows: Tensor, weight: Tensor) -> str:
+def route(rows: Tensor, weight: Tensor) -> str:
+    """Whether the kernel with the activation in it is the faster one here, or ``"library"``."""
     from ..kernels._device import device_arch
     from ..kernels._tiles import linear_route
 

@@ -535,7 +535,7 @@ def _draw_cross_entropy(generator: random.Random, dtype: str) -> Case:
 
 def _cross_entropy(case: Case, device: str) -> dict[str, Result]:
     """Losses, and the gradients that take the place of the logits."""
-    from ..kernels.cross_entropy import cross_entropy_
+    from ..kernels.cross_entropy import PADDED_TO, cross_entropy_
 
     m, v = case["rows"], case["vocabulary"]
     x, smoothing = _random((m, v), case, device), 0.1 if case["smoothing"] else 0.0
@@ -548,8 +548,9 @@ def _cross_entropy(case: Case, device: str) -> dict[str, Result]:
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
-    gradient = x.clone()
-    losses = cross_entropy_(gradient, bias, labels, smoothing=smoothing, gradient=True)
+    padded = F.pad(x, (0, -v % PADDED_TO), value=float("nan"))
+    losses = cross_entropy_(padded, bias, labels, classes=v, smoothing=smoothing, gradient=True)
+    gradient = padded[:, :v]
     return {"cross_entropy": Result((losses, gradient), specification, (x, bias))}
 
 

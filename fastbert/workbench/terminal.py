@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastbert.benchmarks.tracing import Profile
+
 from .inspection import Inspection
-from .profile import Profile
 from .tune import Candidate
 
 __all__ = ["show_candidates", "show_differences", "show_inspections", "show_profile"]

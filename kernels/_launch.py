@@ -1,0 +1,131 @@
+"""Launching a kernel, quickly: what Triton finds out about its arguments each time, found once.
+
+`launch` is called as ``kernel[grid](...)`` is, with the runtime arguments by position and all else
+by name. Triton sorts arguments into classes at each launch (dtypes, which pointers and sizes are
+multiples of 16, which sizes are 1) and looks up the kernel that was compiled for them. Here they
+are compared by value, which needs no sorting and can only tell more apart: the same values are the
+same class. A pointer that is not aligned, a hook on launches or the interpreter take Triton's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+__all__ = ["launch"]
+
+_INT32 = 2**31
+_AT_MOST = 4096  # remembered for one kernel, before all is forgotten
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any
+) -> None:
+    """Launch on the device of the first argument, on its current stream.
+
+    Args:
+        kernel: made by ``triton.jit``. Names of pointers end with ``_ptr``; constants come last.
+        grid: programs, one to three numbers.
+        args: what the kernel takes at run time, in its order; a number that is a float must be one
+            in every launch.
+        constants: what it takes as ``tl.constexpr``, and ``num_stages``.
+    """
+    known = _known.get(id(kernel))
+    if known is None:
+        if not isinstance(kernel, JITFunction):  # interpreted
+            kernel[grid](*args, num_warps=num_warps, **constants)
+            return
+        known = _known[id(kernel)] = _Known(kernel)
+    active = driver.active
+    device, index = active.get_current_device(), args[0].device.index
+    if index is not None and index != device:
+        with torch.cuda.device(index):
+            launch(kernel, grid, *args, num_warps=num_warps, **constants)
+        return
+    pointers = known.pointers(args)
+    key = (
+        device,
+        num_warps,
+        known.fixed(args),
+        tuple([None if t is None else t.dtype for t in pointers]),
+        tuple(constants.items()),
+    )
+    found = known.compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, num_warps=num_warps, **constants)
+        if known.aligned(pointers):
+            known.remember(key, compiled, constants)
+        return
+    values, run, function, metadata, enter, leave = found
+    places = 0
+    for t in pointers:
+        if t is not None:
+            places |= t.data_ptr()
+    if (
+        (places & 15 and not known.aligned(pointers))
+        or not all([-_INT32 <= n < _INT32 for n in known.free(args)])
+        or enter.calls
+        or leave.calls
+    ):
+        kernel[grid](*args, num_warps=num_warps, **constants)
+        return
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *args, *values)
+
+
+def _getter(indices: list[int]) -> Callable[[tuple], tuple]:
+    """The values at these indices, as a tuple also where there is one or none."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return (lambda args: (args[indices[0]],)) if indices else (lambda args: ())
+
+
+class _Known:
+    """A kernel, how its arguments are read, and what was compiled of it.
+
+    Attributes:
+        pointers, fixed, free: the arguments that are pointers; numbers that the compiler may make
+            use of; numbers whose size alone matters to it.
+    """
+
+    def __init__(self, kernel: JITFunction):
+        self.kernel = kernel
+        self.compiled: dict[tuple, tuple] = {}
+        runtime = [(i, p) for i, p in enumerate(kernel.params) if not p.is_constexpr]
+        pointers = [i for i, p in runtime if p.name.endswith("_ptr")]
+        numbers = [(i, p.do_not_specialize) for i, p in runtime if i not in pointers]
+        self.pointers = _getter(pointers)
+        self.fixed = _getter([i for i, free in numbers if not free])
+        self.free = _getter([i for i, free in numbers if free])
+        anywhere = {p.name for _, p in runtime if p.do_not_specialize_on_alignment}
+        self._anywhere = [kernel.params[i].name in anywhere for i in pointers]
+        self._constants = [p.name for p in kernel.params if p.is_constexpr]
+
+    def aligned(self, pointers: tuple) -> bool:
+        """Whether all pointers start at multiples of 16 bytes whose alignment is made use of."""
+        return not any(
+            t is not None and not anywhere and t.data_ptr() & 15
+            for t, anywhere in zip(pointers, self._anywhere, strict=True)
+        )
+
+    def remember(self, key: tuple, compiled: Any, constants: dict[str, Any]) -> None:
+        """Keep what a launch needs of a compiled kernel."""
+        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        if not all(hasattr(hook, "calls") for hook in hooks):  # another version's idea of hooks
+            return
+        if len(self.compiled) >= _AT_MOST:
+            self.compiled.clear()
+        values = tuple(constants[name] for name in self._constants)
+        self.compiled[key] = (
+            values, compiled.run, compiled.function, compiled.packed_metadata, *hooks,
+        )  # fmt: skip
+
+
+_known: dict[int, _Known] = {}  # by identity, which holds: a `_Known` holds its kernel

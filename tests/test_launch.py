@@ -1,0 +1,152 @@
+"""A launch that was seen before skips what Triton finds out, and nothing else ever does.
+
+The kernels and the driver here are stand-ins that note how they were called.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+_launch = pytest.importorskip("fastbert.kernels._launch", exc_type=ImportError)
+
+NAMES = ("out_ptr", "x_ptr", "mean_ptr", "stride", "M", "scale", "N", "BLOCK")
+
+
+def parameter(name):
+    return SimpleNamespace(
+        name=name,
+        is_constexpr=name.isupper() and name != "M",
+        do_not_specialize=name == "M",
+        do_not_specialize_on_alignment=name == "mean_ptr",
+    )
+
+
+class Kernel(_launch.JITFunction):
+    """Notes who was launched how: by Triton's way (``slow``), or as it was compiled (``fast``)."""
+
+    def __init__(self):
+        self.params = [parameter(name) for name in NAMES]
+        self.slow, self.fast = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            self.slow.append((grid, args, constants))
+            return SimpleNamespace(
+                run=lambda *a: self.fast.append(a), function="function", packed_metadata="packed"
+            )
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda d: f"of {d}")
+    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(_launch, "_known", {})
+    return Kernel()
+
+
+def launch(kernel, out, x, mean, stride=768, m=10, scale=0.5, grid=(4,), n=768, warps=4):
+    _launch.launch(kernel, grid, out, x, mean, stride, m, scale, N=n, BLOCK=1024, num_warps=warps)
+
+
+@pytest.fixture
+def tensors():
+    return torch.zeros(64), torch.zeros(64), torch.zeros(64)[1:]  # the last one is not aligned
+
+
+def test_the_second_launch_has_the_same_arguments_in_the_same_order(kernel, tensors):
+    launch(kernel, *tensors)
+    launch(kernel, *tensors, m=11, grid=(5, 2))
+    ((grid, args, constants),) = kernel.slow
+    assert grid == (4,) and constants == {"N": 768, "BLOCK": 1024, "num_warps": 4}
+    ((x, y, z, stream, function, packed, *hooks_and_args),) = kernel.fast
+    assert (x, y, z, stream, function, packed) == (5, 2, 1, "of 0", "function", "packed")
+    assert hooks_and_args[:3] == [None, None, None]
+    assert all(a is b for a, b in zip(hooks_and_args[3:6], tensors, strict=True))
+    assert hooks_and_args[6:] == [768, 11, 0.5, 768, 1024]
+    assert len(args) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(stride=769), dict(stride=1), dict(scale=0.25), dict(n=384), dict(warps=8),
+        dict(out=torch.zeros(64, dtype=torch.float16)), dict(x=None),
+        dict(x=torch.zeros(65)[1:]), dict(m=2**31),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_compiler_may_have_made_use_of_goes_triton_s_way(kernel, tensors, change):
+    names = ("out", "x", "mean")
+    launch(kernel, *tensors)
+    launch(kernel, **{**dict(zip(names, tensors, strict=True)), **change})
+    assert len(kernel.slow) == 2 and not kernel.fast
+    launch(kernel, *tensors)
+    assert len(kernel.fast) == 1, "the first one was forgotten"
+
+
+def test_a_kernel_compiled_for_a_pointer_that_is_not_aligned_is_not_taken_for_aligned_ones(
+    kernel, tensors
+):
+    out, _, mean = tensors
+    apart = torch.zeros(65)[1:]
+    for _ in range(2):
+        launch(kernel, out, apart, mean)
+    assert len(kernel.slow) == 2
+    launch(kernel, *tensors)
+    launch(kernel, *tensors)
+    assert len(kernel.slow) == 3 and len(kernel.fast) == 1
+
+
+def test_hooks_on_launches_are_called_by_triton(kernel, tensors, monkeypatch):
+    import triton
+
+    launch(kernel, *tensors)
+    hook = triton.knobs.runtime.launch_enter_hook
+    monkeypatch.setattr(hook, "calls", [print])
+    launch(kernel, *tensors)
+    assert len(kernel.slow) == 2 and not kernel.fast
+    monkeypatch.setattr(hook, "calls", [])
+    launch(kernel, *tensors)
+    assert len(kernel.fast) == 1
+
+
+def test_another_device_has_another_kernel(kernel, tensors, monkeypatch):
+    launch(kernel, *tensors)
+    monkeypatch.setattr(_launch.driver.active, "get_current_device", lambda: 1)
+    launch(kernel, *tensors)
+    assert len(kernel.slow) == 2
+
+
+def test_what_is_remembered_is_bounded(kernel, tensors, monkeypatch):
+    monkeypatch.setattr(_launch, "_AT_MOST", 3)
+    for stride in range(2, 12):
+        launch(kernel, *tensors, stride=stride)
+    (known,) = _launch._known.values()
+    assert len(known.compiled) <= 3
+
+
+def test_interpreted_kernels_are_called_as_they_are():
+    called = []
+
+    class Interpreted:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: called.append((grid, args, constants))
+
+    _launch.launch(Interpreted(), (2,), torch.zeros(1), 3, N=1, num_warps=4)
+    assert called[0][0] == (2,) and called[0][2] == {"N": 1, "num_warps": 4}
+
+
+def test_every_kernel_names_its_pointers_and_has_its_constants_last():
+    """Which is how `launch` tells them apart."""
+    from fastbert.kernels._variants import KERNELS, variants
+
+    for name in KERNELS:
+        for variant in variants(name, 90, dtypes=(torch.bfloat16, torch.float32)):
+            names = list(variant.kernel.arg_names)
+            constants = [n for n in names if n in variant.constants and n.isupper()]
+            assert names[-len(constants) :] == constants
+            for n, kind in variant.signature.items():
+                assert n.endswith("_ptr") == kind.startswith("*"), (variant.name, n)
