@@ -73,7 +73,11 @@ def _back(changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:
 
 
 def accelerate(
-    model: nn.Module, *, padding: str = "zeros", skip_logits: bool = False
+    model: nn.Module,
+    *,
+    padding: str = "zeros",
+    skip_logits: bool = False,
+    cuda_graphs: bool = False,
 ) -> Acceleration:
     """Make the BERT inside ``model`` run packed. Changes this instance only; parameters stay as
     they are.
@@ -93,6 +97,10 @@ def accelerate(
         skip_logits: in training with labels, a masked-LM head computes labelled tokens only, never
             a tensor of all logits, and returns None as ``logits`` (or ``prediction_logits``). A
             call decides for itself with the same keyword; evaluation gives logits as ever.
+        cuda_graphs: in inference on a GPU, run all layers as one launch (`fastbert.graphs`), for
+            batches of up to 32768 tokens: a GPU is often done with them before the host has
+            launched them one by one. Each size of a ladder is captured at its first use, which
+            takes a moment, and the graphs hold memory for the largest one. No effect elsewhere.
 
     Returns:
         An `Acceleration`: ``handle.undo()`` or ``with fastbert.accelerate(model): ...`` for the
@@ -122,7 +130,9 @@ def accelerate(
     with changing(model.modules()):
         changed = to_twins(model)
         try:
-            options = set_options(model, padding=padding, skip_logits=skip_logits)
+            options = set_options(
+                model, padding=padding, skip_logits=skip_logits, cuda_graphs=cuda_graphs
+            )
         except ValueError:
             _back(changed)
             raise

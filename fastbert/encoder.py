@@ -14,15 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops.inference import (
+    launch_attention,
+    launch_linear,
+    launch_linear_add_norm,
+    only_kernels,
+)
 from .packing import PackedBatch, PaddedBatch
 
 __all__ = [
     "LayerWeights",
+    "Layers",
     "Linear",
     "Norm",
     "Projection",
     "Stacked",
     "encode_layer",
+    "encode_layers",
 ]
 
 
@@ -81,6 +89,72 @@ class LayerWeights(NamedTuple):
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     unfused: bool = False
+
+
+class Layers:
+    """The layers of an encoder, for inference.
+
+    Attributes:
+        each: their weights.
+        tensors: all tensors in them if nothing else is in them, else None.
+    """
+
+    def __init__(self, each: list[LayerWeights]):
+        self.each = each
+        found = [_tensors_of(weights) for weights in each]
+        self.tensors = None if None in found else [t for tensors in found for t in tensors]
+
+
+def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
+    """What a layer without dropout computes with, if it is tensors and a named activation."""
+    if isinstance(weights.qkv, Stacked):
+        return None
+    linears = (*weights.qkv, weights.attention_output, weights.intermediate, weights.output)
+    norms = (weights.attention_norm, weights.output_norm)
+    known = all(isinstance(x, Linear) for x in linears) and all(isinstance(x, Norm) for x in norms)
+    dropped = weights.attention_dropout or weights.hidden_dropout or weights.output_dropout
+    if not known or dropped or not isinstance(weights.activation, str) or weights.scale <= 0:
+        return None
+    return [t for part in (*linears, *norms) for t in part if isinstance(t, Tensor)]
+
+
+def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
+    """All layers of BERT in inference, one after the other.
+
+    Args:
+        hidden: ``[T, E]`` packed rows.
+        batch: where the sequences are.
+        layers: their weights.
+
+    Returns:
+        ``[T, E]``.
+    """
+    step = encode_layer
+    if (
+        layers.tensors
+        and isinstance(batch, PackedBatch)
+        and batch.max_seqlen
+        and only_kernels(hidden, layers.tensors, layers.each[0].head_size)
+    ):
+        step = _launch_layer
+    for weights in layers.each:
+        hidden = step(hidden, batch, weights)
+    return hidden
+
+
+def _launch_layer(hidden: Tensor, batch: PackedBatch, weights: LayerWeights) -> Tensor:
+    """`encode_layer` where `only_kernels` has found that nothing but the libraries'
+    products and the kernels will run: no decision is left, and each is launched at once."""
+    context = launch_attention(
+        *(F.linear(hidden, *part).unflatten(-1, (-1, weights.head_size)) for part in weights.qkv),
+        batch,
+        weights.scale,
+    ).flatten(1)
+    hidden = launch_linear_add_norm(
+        context, *weights.attention_output, hidden, *weights.attention_norm
+    )
+    inner = launch_linear(hidden, *weights.intermediate, weights.activation)
+    return launch_linear_add_norm(inner, *weights.output, hidden, *weights.output_norm)
 
 
 def encode_layer(

@@ -23,12 +23,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
-from ..encoder import LayerWeights, encode_layer
+from ..encoder import LayerWeights, encode_layer, encode_layers
 from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
 from .bert_inputs import check_inputs, embed_rows, make_batch
 from .bert_obstacle import call_obstacle, examine, say_once
+from .bert_plan import plan_of
 from .drop_in import DropIn, twin
 
 __all__ = ["BertLayer", "BertModel", "Call", "requesting"]
@@ -328,12 +329,18 @@ class BertModel(DropIn, hf.BertModel):
             self.embeddings, batch, input_ids, token_type_ids, position_ids, inputs_embeds
         )
         rows = call.record(rows)
-        # transformers' recorders would see packed rows; the call records what is wanted itself.
-        token = _active_collector.set({})
-        try:
-            rows = self.encoder(rows, attention_mask=call).last_hidden_state
-        finally:
-            _active_collector.reset(token)
+        watching = want_hidden or want_attentions
+        layers = None if watching else plan_of(self, found, _layer_weights)
+        if layers is not None:
+            run = encode_layers if self.graphs is None else self.graphs
+            rows = run(rows, batch, layers)
+        else:
+            # transformers' recorders would see packed rows; the call records what is wanted itself.
+            token = _active_collector.set({})
+            try:
+                rows = self.encoder(rows, attention_mask=call).last_hidden_state
+            finally:
+                _active_collector.reset(token)
         last, pooled = call.hidden_states[-1] if want_hidden else None, None
         if last is None and not as_rows:
             last = call.padded(rows)

@@ -182,13 +182,21 @@ def _as_made(buffer: Tensor, make: Callable[[int], Tensor]) -> bool:
 
 
 def _default_ids(
-    embeddings: hf.BertEmbeddings, position_ids: Tensor | None, length: int, device: torch.device
+    embeddings: hf.BertEmbeddings,
+    position_ids: Tensor | None,
+    length: int,
+    device: torch.device,
+    *,
+    alone: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Positions and token types of who gave none, ``[1 or B, S]``: what stands in the buffers.
 
-    None where the buffers are as transformers makes them: columns, and zeros.
+    None where the buffers are as transformers makes them: columns, and zeros. For one sequence
+    views of the buffers are as good, and nothing has to be made.
     """
     stored, types = embeddings.position_ids, getattr(embeddings, "token_type_ids", None)
+    if alone and position_ids is None and types is not None and stored.device == device:
+        return stored[:, :length], types[:, :length]
     positions = position_ids
     if positions is None and not _as_made(stored, torch.arange):
         positions = stored[:, :length].to(device)
@@ -213,7 +221,9 @@ def embed_rows(
         return batch.pack(ids.expand(x.shape[0], -1) if ids.shape[0] == 1 else ids)
 
     if position_ids is None or token_type_ids is None:
-        position_ids, types = _default_ids(embeddings, position_ids, x.shape[1], x.device)
+        position_ids, types = _default_ids(
+            embeddings, position_ids, x.shape[1], x.device, alone=x.shape[0] == 1
+        )
         token_type_ids = types if token_type_ids is None else token_type_ids
     positions = batch.columns(x.device) if position_ids is None else rows(position_ids)
     types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)

@@ -10,6 +10,7 @@ from transformers import BertConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ..graphs import CudaGraphs
 from .borrowed import class_for
 from .in_flight import calling
 from .known import is_own
@@ -88,17 +89,27 @@ class DropIn:
             ``"keep"``: they are computed, as in transformers.
         skip_logits: whether training with labels computes the logits of labelled tokens only and
             returns None in their place.
+        graphs: what runs the layers in inference by CUDA graphs, or None.
     """
 
     padding = "zeros"
     skip_logits = False
+    graphs: CudaGraphs | None = None
     _can_skip_logits = False  # whether there are logits over the vocabulary
 
-    def __init__(self, config, *args, padding: str = "zeros", skip_logits: bool = False, **kwargs):
+    def __init__(
+        self,
+        config,
+        *args,
+        padding: str = "zeros",
+        skip_logits: bool = False,
+        cuda_graphs: bool = False,
+        **kwargs,
+    ):
         check_config(config)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
-        set_options(self, padding=padding, skip_logits=skip_logits)
+        set_options(self, padding=padding, skip_logits=skip_logits, cuda_graphs=cuda_graphs)
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -114,15 +125,17 @@ class DropIn:
         ``use_safetensors=False``.
 
         A pickle can run code when it is opened, so asking for it is left to the caller. Beside
-        transformers' arguments it takes the options of `fastbert.accelerate`, ``padding`` and
-        ``skip_logits``.
+        transformers' arguments it takes the options of `fastbert.accelerate`: ``padding``,
+        ``skip_logits`` and ``cuda_graphs``.
         """
         _check_type(cls, pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def set_options(model: nn.Module, *, padding: str, skip_logits: bool) -> list[DropIn]:
+def set_options(
+    model: nn.Module, *, padding: str, skip_logits: bool, cuda_graphs: bool
+) -> list[DropIn]:
     """Set what drop-in models inside ``model``, itself included, do otherwise than by default.
 
     Returns:
@@ -150,13 +163,19 @@ def set_options(model: nn.Module, *, padding: str, skip_logits: bool) -> list[Dr
         for module in inside:
             module.padding = padding
         changed += inside
+    if cuda_graphs:
+        for module in inside:
+            module.graphs = CudaGraphs()
+        changed += inside
     return changed
 
 
 def clear_options(modules: list[DropIn]) -> None:
     """Back to the defaults."""
     for module in modules:
-        for name in ("padding", "skip_logits"):
+        if module.graphs is not None:
+            module.graphs.forget()
+        for name in ("padding", "skip_logits", "graphs"):
             module.__dict__.pop(name, None)
 
 

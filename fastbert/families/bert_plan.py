@@ -1,0 +1,99 @@
+"""The weights of BERT's layers as they were read last time, for as long as they are the same.
+
+In inference nothing has to be called but the layers' arithmetic: no hook watches, nobody stands in
+between (`fastbert.families.bert_obstacle` has looked), no hidden state is asked for. Reading a
+layer's modules then takes as long as launching it, so it is done once. Tensors are never copied;
+who replaces one, or changes a number that a layer computes with, is noticed at the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import contains, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.models.bert import modeling_bert as hf
+
+from ..encoder import Layers, LayerWeights
+from . import known
+from .bert_obstacle import Found
+
+__all__ = ["plan_of"]
+
+_PLAN = "_fastbert_plan"
+_PARAMETERS = itemgetter("_parameters")
+# What a layer computes with beside parameters and modules, by who holds it.
+_NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
+    hf.BertSelfAttention: itemgetter("scaling", "attention_head_size"),
+    hf.BertIntermediate: lambda attributes: attributes.get("intermediate_act_fn"),  # a function
+    nn.LayerNorm: itemgetter("eps", "normalized_shape"),
+    nn.Dropout: itemgetter("p", "training"),
+}
+
+
+class _Plan:
+    """Weights of layers, and what they were read from."""
+
+    def __init__(self, found: Found, layers: list[nn.Module], read: Callable):
+        self.found = found
+        self._dicts = [layer.__dict__ for layer in layers]
+        inside = [m for layer in layers for m in layer.modules()]
+        owners = [m for m in inside if m._parameters]
+        self._owners = [m.__dict__ for m in owners]
+        self._tables = [m._parameters for m in owners]
+        self._places = [table for table in self._tables for _ in table]
+        self._names = [name for table in self._tables for name in table]
+        self._tensors = list(map(dict.get, self._places, self._names))
+        self._numbers = [
+            (get, m.__dict__) for m in inside for cls, get in _NUMBERS.items() if isinstance(m, cls)
+        ]
+        self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()
+        self._values = self._read()
+        self.layers = Layers([read(layer) for layer in layers])
+
+    def _read(self) -> list[Any]:
+        implementations = [config._attn_implementation for config in self._configs]
+        return implementations + [get(attributes) for get, attributes in self._numbers]
+
+    def still(self) -> bool:
+        """Whether reading the layers again would give the same."""
+        return (
+            all(map(is_, map(_PARAMETERS, self._owners), self._tables))
+            and all(map(is_, map(dict.get, self._places, self._names), self._tensors))
+            and self._read() == self._values
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether somebody compiled a layer by itself, which has to be called then."""
+        return any(map(contains, self._dicts, repeat("_compiled_call_impl")))
+
+    def __reduce__(self):
+        return known._nothing, ()  # a copy or an unpickled model reads for itself
+
+
+def plan_of(
+    model: hf.BertModel, found: Found, read: Callable[[nn.Module], LayerWeights]
+) -> Layers | None:
+    """The weights of all layers for a call in inference, or None where layers have to be called.
+
+    Args:
+        found: what `fastbert.families.bert_obstacle.examine` says now, without a reason.
+        read: reads one layer.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
+        return None
+    if "_compiled_call_impl" in model.encoder.__dict__:
+        return None
+    plan = model.__dict__.get(_PLAN)
+    if plan is None or plan.found is not found or not plan.still():
+        layers = list(map(known.unwrapped, model.encoder.layer))
+        tensors = [p for layer in layers for p in layer.parameters()]
+        if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
+            return None
+        plan = model.__dict__[_PLAN] = _Plan(found, layers, read)
+    return None if plan.compiled else plan.layers
