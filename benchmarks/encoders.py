@@ -26,15 +26,19 @@ from .shapes import MODELS
 from .workload import OURS, Unavailable
 
 __all__ = [
-    "BASELINE", "COMPILED", "EAGER", "INFERENCE", "OPENVINO", "ORT", "OWN_PADDED", "TORCH_ENCODER",
+    "BASELINE", "COMPILED", "EAGER", "INFERENCE", "OPENVINO", "ORT", "OWN_GRAPHS", "OWN_PADDED",
+    "TORCH_ENCODER",
     "Encoders", "config_of", "encoders_of", "providers_of",
 ]  # fmt: skip
 
 BASELINE = "transformers sdpa"
 EAGER, COMPILED = "transformers eager", "torch.compile"
-TORCH_ENCODER, OWN_PADDED = "nn.TransformerEncoder", "fastbert, padded"
+TORCH_ENCODER = "nn.TransformerEncoder"
+OWN_PADDED, OWN_GRAPHS = "fastbert, padded", "fastbert, CUDA graphs"
 ORT, OPENVINO = "ONNX Runtime", "OpenVINO"
-INFERENCE = (OURS, BASELINE, EAGER, COMPILED, TORCH_ENCODER, OWN_PADDED, ORT, OPENVINO)
+INFERENCE = (
+    OURS, OWN_GRAPHS, BASELINE, EAGER, COMPILED, TORCH_ENCODER, OWN_PADDED, ORT, OPENVINO,
+)  # fmt: skip
 Inputs = dict[str, Tensor]
 
 
@@ -80,6 +84,9 @@ class Encoders:
 
     def _make_fastbert(self):
         return self._copy(self._make(fastbert.BertModel))
+
+    def _make_fastbert_graphs(self):
+        return self._copy(self._make(fastbert.BertModel, cuda_graphs=True))
 
     def _make_fastbert_padded(self):
         return self._copy(self._make(fastbert.BertModel, padding="keep"))
@@ -223,6 +230,11 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
 
         return build
 
+    def of_graphs():
+        if encoders.device != "cuda":
+            raise Unavailable("CUDA graphs need a GPU")
+        return of_model("fastbert_graphs")()
+
     def of_compiled():
         model = encoders.get("compiled")
 
@@ -270,6 +282,7 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
 
     return {
         OURS: of_model("fastbert"),
+        OWN_GRAPHS: of_graphs,
         OWN_PADDED: of_model("fastbert_padded"),
         BASELINE: of_model(None),
         EAGER: of_model("eager"),

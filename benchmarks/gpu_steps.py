@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from .catalogue import workloads
-from .encoders import BASELINE, COMPILED
+from .encoders import BASELINE, COMPILED, OWN_GRAPHS
 from .encoders import EAGER as MODEL_EAGER
 from .kernel_workloads import EAGER
-from .model_workloads import inference
+from .model_workloads import inference, training_step
 from .results import Measurement
 from .session import run_suite
+from .tracing import profile_forward
 from .workload import OURS, Unavailable, Workload, WrongResult
 
 __all__ = ["GROUPS", "check", "main", "measure_group", "preflight", "profile", "same_bits"]
@@ -55,12 +57,12 @@ def preflight() -> None:
         SystemExit: no C compiler or no Python headers (Triton compiles a launcher for each
             signature), or a trivial kernel that does not give what it should.
     """
-    import triton
+    from fastbert.kernels._compile import ptxas_version
 
     versions = {n: importlib.metadata.version(n) for n in ("torch", "triton", "transformers")}
     _say(f"python {sys.version.split()[0]}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     _say(f"{torch.cuda.get_device_name()}, driver {_smi('driver_version')}, ptxas of triton: "
-         f"{triton.knobs.nvidia.ptxas.version}")  # fmt: skip
+         f"{ptxas_version()}")  # fmt: skip
     free, total = torch.cuda.mem_get_info()
     _say(f"memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free; {_CLOCKS}: {_smi(_CLOCKS)}")
     missing = []
@@ -143,7 +145,7 @@ def _without_compile(todo: list[Workload]) -> tuple[list[Workload], set[str] | N
 def _compiled_model(op: str) -> Callable[[], tuple[list[Workload], set[str] | None]]:
     def group():
         chosen = [w for w in _targets("model") if w.op == op and COMPILED in w.providers]
-        return chosen[:1], {OURS, BASELINE, MODEL_EAGER, COMPILED}
+        return chosen[:1], {OURS, OWN_GRAPHS, BASELINE, MODEL_EAGER, COMPILED}
 
     return group
 
@@ -186,18 +188,21 @@ def measure_group(name: str, folder: Path, seconds: float) -> int:
     return len(results.failures)
 
 
-def profile() -> None:
-    """Where the time of a forward pass goes: kernels, gaps, and the host's share."""
-    from fastbert.workbench.profile import profile_forward
+def profile(path: Path) -> None:
+    """Where the time of a call goes: kernels, gaps, and the host's share.
 
+    Printed, and written to ``path`` as workload -> provider -> milliseconds: ``host`` until all is
+    queued, ``span`` from the first kernel to the last one's end, ``busy`` with a kernel running.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for workload in (
+        training_step("base", 32, 512, dtype=torch.bfloat16),
         inference("base", 1, 128, dtype=torch.bfloat16),
-        inference("base", 64, 512, dtype=torch.bfloat16),
         inference("base", 64, 512, lengths="uniform", dtype=torch.bfloat16),
+        inference("base", 64, 512, dtype=torch.bfloat16),
     ):
         prepared = workload.setup(workload, "cuda")
-        first = prepared.inputs[0]
-        for name in (OURS, BASELINE):
+        for name in workload.among((OURS, OWN_GRAPHS, BASELINE)):
             run = prepared.providers[name]()
             for x in prepared.inputs:
                 run(x)
@@ -207,14 +212,19 @@ def profile() -> None:
                 run(x)
             host = (time.perf_counter() - start) / len(prepared.inputs)
             torch.cuda.synchronize()
-            found = profile_forward(lambda run=run, x=first: run(x))
+            traced = profile_forward(lambda run=run, x=prepared.inputs[0]: run(x))
+            figures = {"host": host, "span": traced.span, "busy": traced.busy}
+            figures = {key: round(1e3 * value, 3) for key, value in figures.items()}
+            found.setdefault(workload.id, {})[name] = figures
+            path.write_text(json.dumps(found), "utf-8")
             _say(
-                f"\n{workload}, {name}: host {1e3 * host:.2f} ms until queued; device span "
-                f"{1e3 * found.span:.3f} ms, busy {1e3 * found.busy:.3f} ms, largest gap "
-                f"{1e6 * found.largest_gap:.0f} us"
+                f"\n{workload}, {name}: ms: {figures}, largest gap "
+                f"{1e6 * traced.largest_gap:.0f} us, {sum(k.launches for k in traced.kernels)} "
+                "launches"
             )
-            for k in found.kernels[:10]:
+            for k in traced.kernels[:10]:
                 _say(f"  {1e6 * k.seconds:9.1f} us {k.launches:4} x {k.name[:90]}")
+        del prepared
         torch.cuda.empty_cache()
 
 
@@ -222,19 +232,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("preflight")
-    steps.add_parser("profile")
+    steps.add_parser("profile").add_argument("path", type=Path)
     one = steps.add_parser("check")
     one.add_argument("shard", type=int)
     one.add_argument("of", type=int)
     one = steps.add_parser("measure")
     one.add_argument("group", choices=GROUPS)
     one.add_argument("folder", type=Path)
-    one.add_argument("--seconds", type=float, default=0.7)
+    one.add_argument("--seconds", type=float, default=0.5)
     args = parser.parse_args()
     if args.step == "preflight":
         preflight()
     elif args.step == "profile":
-        profile()
+        profile(args.path)
     elif args.step == "check":
         return min(check(args.shard, args.of), 1)
     else:

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from .encoders import BASELINE, COMPILED, OPENVINO, ORT, TORCH_ENCODER
+from .encoders import BASELINE, COMPILED, EAGER, OPENVINO, ORT, OWN_GRAPHS, TORCH_ENCODER
 from .report import TARGET_HEADER, target_rows
 from .results import Results
 from .targets import judge
@@ -21,7 +21,10 @@ __all__ = ["rendered"]
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
-_PEERS = (COMPILED, ORT, OPENVINO, TORCH_ENCODER)
+_PEERS = {
+    "cpu": (COMPILED, ORT, OPENVINO, TORCH_ENCODER),
+    "cuda": (OWN_GRAPHS, EAGER, COMPILED, TORCH_ENCODER),
+}
 _NOT_MEASURED = {
     "cpu": "Not measured yet.",
     "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, "
@@ -44,14 +47,15 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 def _tables(path: Path) -> str:
     results = Results.load(path)
     m = results.machine
-    lines = ["| workload | transformers sdpa | fastbert | speed-up | " + " | ".join(_PEERS) + " |"]
-    lines.append("|---" * (4 + len(_PEERS)) + "|")
+    columns = _PEERS[m["kind"]]
+    lines = ["| workload | transformers sdpa | fastbert | speed-up | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
     for name, group in results.by_workload():
         by = {x.provider: x for x in group}
         if group[0].level != "model" or not {OURS, BASELINE} <= set(by):
             continue
         base, ours = by[BASELINE], by[OURS]
-        peers = [f"{by[p].speedup_over(base):.2f}x" if p in by else "-" for p in _PEERS]
+        peers = [f"{by[p].speedup_over(base):.2f}x" if p in by else "-" for p in columns]
         lines.append(
             f"| {name.rpartition('/')[0].replace('/', ' ')} | {1e3 * base.seconds:.4g} ms | "
             f"{1e3 * ours.seconds:.4g} ms | **{ours.speedup_over(base):.2f}x** | "
@@ -66,9 +70,21 @@ def _tables(path: Path) -> str:
         f"`benchmarks/results/{path.name}`. All columns but the times are relative to "
         "sdpa."
     )
+    profile = results.settings.get("profile")
+    traced: list[str] = []
+    if profile:
+        traced += ["", "Milliseconds of one call, traced by itself:", ""]
+        traced += ["| workload | | host, until all is queued | GPU, first kernel to last | busy |"]
+        traced += ["|---|---|---|---|---|"]
+        traced += [
+            f"| {name.rpartition('/')[0].replace('/', ' ')} | {provider} | {t['host']:.3g} | "
+            f"{t['span']:.3g} | {t['busy']:.3g} |"
+            for name, providers in profile.items()
+            for provider, t in providers.items()
+        ]
     targets = ["| " + " | ".join(TARGET_HEADER) + " |", "|---" * len(TARGET_HEADER) + "|"]
     targets += ["| " + " | ".join(row) + " |" for row in target_rows(judge(results))]
-    return "\n".join([*lines, "", caption, "", *targets])
+    return "\n".join([*lines, *traced, "", caption, "", *targets])
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -46,6 +47,7 @@ TESTS = (
     "test_padding",
     "test_drop_in",
 )
+_PROFILE = "profile.json"
 _FOR_REPORTS = 15.0  # seconds at the end
 _WORTH_STARTING = 10.0  # seconds; with less left a step is not started
 _GRACE = 8.0  # seconds between the request to end and the end
@@ -110,7 +112,7 @@ def steps(folder: Path, workers: int) -> list[Step]:
         Step("tests", (pytest,), 150, verdict=_verdict_of_tests),
         Step("models", measure("models"), 110),
         Step("kernels", measure("kernels"), 90),
-        Step("profile", ((*here, "profile"),), 40),
+        Step("profile", ((*here, "profile", str(folder / _PROFILE)),), 40),
         Step("compiled kernels", measure("compiled kernels"), 90),
         Step("compiled latency", measure("compiled latency"), 150),
         Step("compiled training", measure("compiled training"), 150),
@@ -219,6 +221,8 @@ def write_results(folder: Path, groups: Path, verdicts: dict[str, str]) -> bool:
         print("nothing was measured")
         return False
     results = Results.merged(found)
+    if (groups / _PROFILE).exists():
+        results.settings["profile"] = json.loads((groups / _PROFILE).read_text("utf-8"))
     results.settings["verdicts"] = {name: text.splitlines()[0] for name, text in verdicts.items()}
     results.save(folder / RESULTS_NAME)
     write_reports(Results.load(folder / RESULTS_NAME), folder)

@@ -15,6 +15,7 @@ RANKS = {
     "fastbert/ops": 2,
     "fastbert/testing.py": 2,
     "fastbert/encoder.py": 3,
+    "fastbert/graphs.py": 3,
     "fastbert/families": 4,
     "fastbert/models.py": 5,
     "fastbert/acceleration.py": 5,
