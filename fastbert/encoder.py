@@ -20,6 +20,7 @@ from .ops.inference import (
     launch_linear_add_norm,
     only_kernels,
 )
+from .ops.layer_gradient import attention_half, takes_attention_half
 from .packing import PackedBatch, PaddedBatch
 
 __all__ = [
@@ -175,10 +176,18 @@ def encode_layer(
     Returns:
         ``[T, E]``.
     """
-    context = _attend(hidden, batch, weights, attentions)
-    hidden = _add_norm(
-        context, weights.attention_output, hidden, weights.attention_norm, weights.hidden_dropout
-    )
+    if attentions is None and _is_one_half(hidden, batch, weights):
+        hidden = attention_half(
+            hidden, batch, *weights.qkv, *weights.attention_output, *weights.attention_norm[:2],
+            head_size=weights.head_size, scale=weights.scale,
+            attention_dropout_p=weights.attention_dropout, eps=weights.attention_norm.eps,
+            dropout_p=weights.hidden_dropout,
+        )  # fmt: skip
+    else:
+        hidden = _add_norm(
+            _attend(hidden, batch, weights, attentions), weights.attention_output, hidden,
+            weights.attention_norm, weights.hidden_dropout,
+        )  # fmt: skip
     first, second, norm = weights.intermediate, weights.output, weights.output_norm
     if (
         isinstance(first, Linear)
@@ -192,6 +201,22 @@ def encode_layer(
         )  # fmt: skip
     inner = _project(hidden, first, weights.activation)
     return _add_norm(inner, second, hidden, norm, weights.output_dropout)
+
+
+def _is_one_half(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> bool:
+    """Whether all up to the first norm is one function in training."""
+    if not (
+        isinstance(batch, PackedBatch)
+        and isinstance(weights.qkv, Stacked)
+        and isinstance(weights.attention_output, Linear)
+        and isinstance(weights.attention_norm, Norm)
+    ):
+        return False
+    parts = (*weights.qkv.weights, *weights.qkv.biases, *weights.attention_output)
+    tensors = [t for t in (*parts, *weights.attention_norm[:2]) if t is not None]
+    return takes_attention_half(
+        hidden, batch, weights.head_size, weights.scale, weights.attention_dropout, *tensors
+    )
 
 
 def _project_together(hidden: Tensor, weights: LayerWeights) -> Tensor | None:

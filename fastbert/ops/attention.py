@@ -23,13 +23,16 @@ from .registry import define
 if TYPE_CHECKING:
     from ..kernels._tiles import AttentionTile
 
-__all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of", "tile_for"]
+__all__ = [
+    "MAX_DROPOUT_LENGTH", "MAX_HEAD_SIZE", "attention", "attention_qkv", "attention_varlen",
+    "backend_of", "run_varlen", "run_varlen_bwd", "tile_for",
+]  # fmt: skip
 
 MAX_HEAD_SIZE = 128
 # How far the level of a row of the bias may be from zero: from here its sum's logarithm loses more
 # than its last bits, from here nothing is left of the scores in fp64 either, and what says so.
 _FAR, _DROWNED, _ALIKE = 64.0, 2.0**60, 2.0**100
-_MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
+MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
 
 
 def _launch_varlen(
@@ -215,7 +218,7 @@ class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, batch, keys, scale, dropout_p, seed, *tensors):
         q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
-        out, lse = _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)
+        out, lse = run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)
         ctx.save_for_backward(*tensors, out, lse, seed)
         ctx.batch, ctx.keys, ctx.scale, ctx.dropout_p = batch, keys, scale, dropout_p
         return out
@@ -226,12 +229,9 @@ class _AttentionVarlen(torch.autograd.Function):
         *tensors, out, lse, seed = ctx.saved_tensors
         fused = len(tensors) == 1
         q, k, v = tensors[0].unbind(1) if fused else tensors
-        batch, keys = ctx.batch, ctx.keys
-        tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, ctx.dropout_p)
-        gradients = _attention_varlen_bwd(
-            rows_contiguous(do), q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
-            batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n),
-            batch.max_seqlen, keys.max_seqlen, ctx.scale, ctx.dropout_p, seed, fused,
+        gradients = run_varlen_bwd(
+            rows_contiguous(do), q, k, v, out, lse, ctx.batch, ctx.keys, ctx.scale, ctx.dropout_p,
+            seed, fused,
         )  # fmt: skip
         return (None,) * 5 + (gradients[:1] if fused else gradients)
 
@@ -290,11 +290,44 @@ def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
 
 
-def _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
+def run_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: PackedBatch,
+    keys: PackedBatch,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Packed attention by the kernel: its result and the log-sum-exp that backward needs."""
     tile = tile_for(q, batch.max_seqlen, keys.max_seqlen)
     return _attention_varlen(
         q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
         batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed,
+    )  # fmt: skip
+
+
+def run_varlen_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    batch: PackedBatch,
+    keys: PackedBatch,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    fused: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v; with ``fused`` the first one is all three, ``[T, 3, H, D]``."""
+    tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, dropout_p)
+    return _attention_varlen_bwd(
+        do, q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
+        batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n), batch.max_seqlen,
+        keys.max_seqlen, scale, dropout_p, seed, fused,
     )  # fmt: skip
 
 
@@ -412,7 +445,7 @@ def _differentiable(
     if wants_gradient(*tensors):
         return _AttentionVarlen.apply(batch, keys, scale, dropout_p, seed, *tensors)
     q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
-    return _run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)[0]
+    return run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)[0]
 
 
 def attention(
@@ -525,8 +558,8 @@ def backend_of(q: Tensor, dropout_p: float, max_seqlen: int) -> str:
     gap = None
     if q.shape[-1] > MAX_HEAD_SIZE:
         gap = f"head sizes up to {MAX_HEAD_SIZE}, got {q.shape[-1]}"
-    elif dropout_p > 0.0 and max_seqlen > _MAX_DROPOUT_LENGTH:
-        gap = f"dropout in sequences of up to {_MAX_DROPOUT_LENGTH} tokens, got {max_seqlen}"
+    elif dropout_p > 0.0 and max_seqlen > MAX_DROPOUT_LENGTH:
+        gap = f"dropout in sequences of up to {MAX_DROPOUT_LENGTH} tokens, got {max_seqlen}"
     if gap is None:
         return chosen
     if forced() == "triton":

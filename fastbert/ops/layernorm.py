@@ -17,7 +17,7 @@ from .recompute import remember
 from .reference import layer_norm_ref
 from .registry import define
 
-__all__ = ["layer_norm", "layer_norm_bwd", "norm_dtype"]
+__all__ = ["layer_norm", "layer_norm_bwd", "layer_norm_fwd", "norm_dtype"]
 
 
 def _launch(
@@ -79,7 +79,7 @@ def _bwd_shapes(dy, z, statistics, weight, dx_dtype, residual_dtype, sums, dropo
     )
 
 
-_layer_norm = define(
+layer_norm_fwd = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
     "Tensor? input_bias, float dropout_p, Tensor? seed, bool keep_sum, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor)",
@@ -102,7 +102,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, input_bias, eps, dropout_p, seed, dtype):
-        y, z, statistics = _layer_norm(
+        y, z, statistics = layer_norm_fwd(
             x, weight, bias, eps, residual, input_bias, dropout_p, seed, True, dtype
         )
         ctx.save_for_backward(z, statistics, weight, seed)
@@ -205,7 +205,7 @@ def layer_norm(
         seed = dropout_seed(x.device)
     dtype = norm_dtype(x)
     if not wants_gradient(x, weight, bias, residual, input_bias):
-        y, *_ = _layer_norm(
+        y, *_ = layer_norm_fwd(
             rows, weight, bias, eps, residual, input_bias, dropout_p, seed, False, dtype
         )
         return y.view(x.shape)

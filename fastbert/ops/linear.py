@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve, watched
+from .dropout import check_dropout
 from .gradient import trains_on_kernels, wants_gradient
+from .layer_gradient import feed_forward_half, of_one_dtype
 from .layernorm import layer_norm
-from .linear_gradient import feed_forward_function, linear_function
+from .linear_gradient import linear_function
 from .reference import bias_activation_ref, linear_ref
 from .registry import define
 
@@ -239,7 +241,8 @@ def feed_forward_add_norm(
 
     Supported: as `linear` and `layer_norm`.
     """
-    if not trains_on_kernels(x, weight_1, bias_1, weight_2):
+    tensors = (weight_1, bias_1, weight_2, bias_2, norm_weight, norm_bias)
+    if not (trains_on_kernels(x, *tensors) and of_one_dtype(x, *tensors)):
         inner = linear(x, weight_1, bias_1, activation=activation)
         return linear_add_norm(
             inner, weight_2, bias_2, x, norm_weight, norm_bias, eps=eps, dropout_p=dropout_p
@@ -250,15 +253,18 @@ def feed_forward_add_norm(
             f"feed_forward_add_norm: expected weight_2 {tuple(weight_1.shape[::-1])}, "
             f"got {tuple(weight_2.shape)}"
         )
-    return layer_norm(
-        feed_forward_function(x, weight_1, bias_1, weight_2, activation, recompute),
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        residual=x,
-        input_bias=bias_2,
-        dropout_p=dropout_p,
-    )
+    for name, t in (("bias_2", bias_2), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if t is not None and t.shape != x.shape[-1:]:
+            raise ValueError(
+                f"feed_forward_add_norm: expected {name} ({x.shape[-1]},), got {tuple(t.shape)}"
+            )
+    check_dropout("feed_forward_add_norm", dropout_p, None, x.device)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # itself: it may know its norm
+    y = feed_forward_half(
+        rows, weight_1, bias_1, activation, weight_2, bias_2, norm_weight,
+        norm_bias, eps=eps, dropout_p=dropout_p, recompute=recompute,
+    )  # fmt: skip
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def _adds_in_norm(x: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Linear layers for training on the kernels: products are the library's, what is kept is not.
 
 Autograd would keep the input of every product and of every activation. Here a product whose input
-is a norm keeps what the norm keeps anyway (`fastbert.ops.recompute`), and two products with an
-activation between them keep what enters the activation, from which backward makes what leaves it in
-the pass that needs the derivative. No product is computed twice unless ``recompute`` asks for it.
+is a norm keeps what the norm keeps anyway (`fastbert.ops.recompute`), and a product with an
+activation behind it keeps what enters the activation. No product is computed twice unless
+``recompute`` asks for it. Whole halves of a layer are in `fastbert.ops.layer_gradient`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .gradient import first_order_only
 from .recompute import kept, remade
 from .registry import define
 
-__all__ = ["feed_forward_function", "linear_function"]
+__all__ = ["activation_bwd", "activation_fwd", "compute_dtype", "linear_function"]
 
 
 def _launch(x: Tensor, activation: str) -> Tensor:
@@ -36,12 +36,12 @@ def _launch_bwd(
     return dx, x.new_empty(0) if y is None else y, x.new_empty(0) if dbias is None else dbias
 
 
-_activation = define(
+activation_fwd = define(
     "activation(Tensor x, str activation) -> Tensor",
     _launch,
     lambda x, activation: x.new_empty(x.shape),
 )
-_activation_bwd = define(
+activation_bwd = define(
     "activation_bwd(Tensor dy, Tensor x, str activation, bool bias_gradient, bool again) "
     "-> (Tensor, Tensor, Tensor)",
     _launch_bwd,
@@ -53,7 +53,7 @@ _activation_bwd = define(
 )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """That of the products: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -84,7 +84,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*parts, *inner, *source)
         ctx.activation, ctx.count, ctx.inner = activation, count, len(inner)
         ctx.dtype, ctx.x_dtype, ctx.x_shape = dtype, x.dtype, x.shape
-        y = pre if activation is None else _activation(pre, activation)
+        y = pre if activation is None else activation_fwd(pre, activation)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
         dbias = None
         if ctx.activation is not None:
             pre = inner[0] if inner else F.linear(x, weight, _joined(biases, dtype))
-            dy, _, dbias = _activation_bwd(dy, pre, ctx.activation, need_bias, False)
+            dy, _, dbias = activation_bwd(dy, pre, ctx.activation, need_bias, False)
         elif need_bias:
             dbias = dy.sum(0)
         dx = (dy @ weight).view(ctx.x_shape).to(ctx.x_dtype) if needed[0] else None
@@ -113,47 +113,6 @@ class _Linear(torch.autograd.Function):
         return dx, *(None,) * 4, *dweights, *dbiases
 
 
-class _FeedForward(torch.autograd.Function):
-    """``act(x @ w1.T + b1) @ w2.T``; the activation's result is not kept."""
-
-    @staticmethod
-    def forward(ctx, x, weight_1, bias_1, weight_2, activation, recompute, dtype):
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        bias = None if bias_1 is None else bias_1.to(dtype)
-        pre = F.linear(rows, weight_1.to(dtype), bias)
-        y = F.linear(_activation(pre, activation), weight_2.to(dtype))
-        source = kept(x) if ctx.needs_input_grad[1] or recompute else ()
-        inner = () if recompute else (pre,)
-        ctx.save_for_backward(weight_1, bias_1, weight_2, *inner, *source)
-        ctx.activation, ctx.inner = activation, len(inner)
-        ctx.dtype, ctx.x_dtype, ctx.x_shape = dtype, x.dtype, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx, dy: Tensor):
-        need_x, need_1, need_bias, need_2 = ctx.needs_input_grad[:4]
-        weight_1, bias_1, weight_2, *rest = ctx.saved_tensors
-        inner, source, dtype = rest[: ctx.inner], tuple(rest[ctx.inner :]), ctx.dtype
-        x = remade(source, dtype) if source else None
-        wide_1 = weight_1.to(dtype)
-        if inner:
-            pre = inner[0]
-        else:
-            pre = F.linear(x, wide_1, None if bias_1 is None else bias_1.to(dtype))
-        dy = dy.reshape(-1, dy.shape[-1])
-        dpre, h, dbias = _activation_bwd(
-            dy @ weight_2.to(dtype), pre, ctx.activation, need_bias, need_2
-        )
-        return (
-            (dpre @ wide_1).view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
-            (dpre.t() @ x).to(weight_1.dtype) if need_1 else None,
-            dbias.to(bias_1.dtype) if need_bias else None,
-            (dy.t() @ h).to(weight_2.dtype) if need_2 else None,
-            *(None,) * 3,
-        )
-
-
 def linear_function(
     x: Tensor,
     weights: tuple[Tensor, ...],
@@ -162,18 +121,5 @@ def linear_function(
     recompute: bool = False,
 ) -> Tensor:
     """``act(x @ cat(weights).T + cat(biases))``; biases are all there or all None."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     return _Linear.apply(x, dtype, activation, recompute, len(weights), *weights, *biases)
-
-
-def feed_forward_function(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor | None,
-    weight_2: Tensor,
-    activation: str,
-    recompute: bool = False,
-) -> Tensor:
-    """``act(x @ weight_1.T + bias_1) @ weight_2.T``."""
-    dtype = _compute_dtype(x)
-    return _FeedForward.apply(x, weight_1, bias_1, weight_2, activation, recompute, dtype)
