@@ -31,9 +31,8 @@ def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def _to_input(product: tuple[Tensor, Tensor], residual: Tensor) -> Tensor:
-    """``a @ b`` on top of what came through the residual, in whose memory it is added up."""
-    a, b = product
+def _add_product_(residual: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` on top of what came through the residual, in its memory."""
     if residual.dtype == a.dtype:
         return residual.addmm_(a, b)
     return residual.add_(a @ b)
@@ -110,7 +109,7 @@ class _AttentionHalf(torch.autograd.Function):
             if any(needs[3:6]):
                 dbiases = dqkv.sum(0).split(ctx.parts)
             if need_x:
-                dx = _to_input((dqkv, torch.cat((wq, wk, wv)).to(dtype)), dx)
+                dx = _add_product_(dx, dqkv, torch.cat((wq, wk, wv)).to(dtype))
         of_qkv = (
             g.to(kind) if needed else None
             for g, kind, needed in zip((*dweights, *dbiases), dtypes, needs, strict=False)
@@ -169,7 +168,7 @@ class _FeedForwardHalf(torch.autograd.Function):
         )
         dweight_2 = (d.t() @ h).to(dtypes[2]) if needs[2] else None
         return (
-            _to_input((dpre, wide), dx) if need_x else None,  # may overwrite d: nobody reads it now
+            _add_product_(dx, dpre, wide) if need_x else None,  # d may be dx: it was read before
             None,
             None,
             (dpre.t() @ x).to(dtypes[0]) if needs[0] else None,
