@@ -1,0 +1,97 @@
+"""Weights of layers that were read once are never taken for those that a layer has now.
+
+A copy of a model has read nothing yet, so it says what the layers compute as they are.
+"""
+
+import copy
+
+import pytest
+import torch
+from tiny import INPUTS, tiny_config
+from torch import nn
+
+import fastbert
+from fastbert.families import bert_plan
+
+
+def model() -> fastbert.BertModel:
+    torch.manual_seed(0)
+    return fastbert.BertModel(tiny_config()).eval()
+
+
+def hidden(of: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return of(**INPUTS).last_hidden_state
+
+
+def scaled(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight * 3)
+
+
+CHANGES = {
+    "a parameter": lambda layer: scaled(layer.attention.self.query),
+    "a parameter's data": lambda layer: setattr(
+        layer.output.dense.weight, "data", layer.output.dense.weight.data * 3
+    ),
+    "a value in place": lambda layer: layer.output.dense.weight.data.mul_(3),
+    "a bias": lambda layer: setattr(
+        layer.intermediate.dense, "bias", nn.Parameter(torch.randn(64))
+    ),
+    "all parameters of a module": lambda layer: setattr(
+        layer.output.dense,
+        "_parameters",
+        {n: nn.Parameter(p * 3) for n, p in layer.output.dense._parameters.items()},
+    ),
+    "a module": lambda layer: setattr(layer.output, "dense", nn.Linear(64, 32)),
+    "the scale": lambda layer: setattr(layer.attention.self, "scaling", 9.0),
+    "an eps": lambda layer: setattr(layer.output.LayerNorm, "eps", 0.5),
+    "the activation": lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()),
+    "dropout": lambda layer: layer.output.dropout.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_a_layer_computes_with_may_change(change):
+    ours = model()
+    before = hidden(ours)
+    with torch.no_grad():
+        change(ours.encoder.layer[1])
+    torch.manual_seed(1)
+    now = hidden(ours)
+    torch.manual_seed(1)
+    assert torch.equal(now, hidden(copy.deepcopy(ours)))
+    assert not torch.allclose(now, before), "the change changes nothing"
+
+
+def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypatch):
+    ours = model()
+    reads, calls = [], []
+    read, call = fastbert.families.bert._layer_weights, type(ours.encoder.layer[0]).__call__
+    monkeypatch.setattr(
+        fastbert.families.bert, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
+    )
+    monkeypatch.setattr(
+        type(ours.encoder.layer[0]), "__call__",
+        lambda self, *a, **k: calls.append(self) or call(self, *a, **k),
+    )  # fmt: skip
+    expected = hidden(ours)
+    assert torch.equal(hidden(ours), expected)
+    assert len(reads) == 2 and not calls
+    with torch.no_grad():
+        ours(**INPUTS, output_hidden_states=True)
+    assert len(calls) == 2, "hidden states are recorded by the layers"
+    assert ours(**INPUTS).last_hidden_state.requires_grad and len(calls) == 4
+    handle = ours.encoder.layer[0].register_forward_hook(lambda *a: None)
+    hidden(ours)
+    handle.remove()
+    calls.clear()
+    ours.encoder.layer[0].compile(backend="eager")
+    hidden(ours)
+    assert calls, "a layer that was compiled by itself was not called"
+
+
+def test_a_copy_has_read_nothing():
+    ours = model()
+    hidden(ours)
+    assert ours.__dict__[bert_plan._PLAN] is not None
+    assert copy.deepcopy(ours).__dict__.get(bert_plan._PLAN) is None
