@@ -29,7 +29,7 @@ from ._launch import launch
 from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
-# For backward too: load_lse, load_rows, locate, masked_product, ...
+# For backward too: load_lse, load_rows, locate, mask_scores, masked_product, strides_of, weights.
 
 
 @triton.jit

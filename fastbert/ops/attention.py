@@ -8,208 +8,29 @@ have, so that they may be views of one projection ``[T, 3, H, D]``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..packing import PackedBatch
+from .attention_kernels import (
+    MAX_DROPOUT_LENGTH,
+    MAX_HEAD_SIZE,
+    attention_padded,
+    attention_padded_bwd,
+    run_varlen,
+    run_varlen_bwd,
+)
 from .attention_torch import padded_in_torch, varlen_in_torch
 from .backend import forced, resolve
 from .dropout import check_dropout, dropout_seed
 from .gradient import first_order_only, refuse_seed, rows_contiguous, wants_gradient
-from .registry import define
 
-if TYPE_CHECKING:
-    from ..kernels._tiles import AttentionTile
+__all__ = ["attention", "attention_qkv", "attention_varlen", "backend_of"]
 
-__all__ = [
-    "MAX_DROPOUT_LENGTH", "MAX_HEAD_SIZE", "attention", "attention_qkv", "attention_varlen",
-    "backend_of", "run_varlen", "run_varlen_bwd", "tile_for",
-]  # fmt: skip
-
-MAX_HEAD_SIZE = 128
 # How far the level of a row of the bias may be from zero: from here its sum's logarithm loses more
 # than its last bits, from here nothing is left of the scores in fp64 either, and what says so.
 _FAR, _DROWNED, _ALIKE = 64.0, 2.0**60, 2.0**100
-MAX_DROPOUT_LENGTH = 65536  # two positions share the 32 bits that a mask is made of
-
-
-def _launch_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    tile_map: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels.attention import attention_varlen_fwd
-
-    tile = tile_for(q, max_seqlen_q, max_seqlen_k)
-    return attention_varlen_fwd(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale, dropout_p=dropout_p,
-        seed=seed,
-    )  # fmt: skip
-
-
-def _launch_varlen_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    tile_map_q: Tensor,
-    tile_map_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    fused: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from ..kernels.attention_bwd import attention_varlen_bwd
-
-    results = _varlen_gradients(q, k, fused)
-    attention_varlen_bwd(
-        do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, tile_map_k,
-        results[0].unbind(1) if fused else results,
-        _bwd_tiles(q, max_seqlen_q, max_seqlen_k, dropout_p),
-        scale=scale, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
-    return results
-
-
-def _varlen_gradients(q: Tensor, k: Tensor, fused: bool) -> tuple[Tensor, ...]:
-    """Memory for dq, dk and dv: in one ``[T, 3, H, D]`` if the projection was one."""
-    if fused:
-        return q.new_empty(q.shape[0], 3, *q.shape[1:]), q.new_empty(0), q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-
-
-def _launch_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels.attention import attention_padded_fwd
-
-    return attention_padded_fwd(
-        q, k, v, key_mask, bias, scale=scale, dropout_p=dropout_p, seed=seed
-    )
-
-
-def _launch_padded_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.attention_bwd import attention_padded_bwd
-
-    *gradients, dbias = attention_padded_bwd(
-        do, q, k, v, out, lse, key_mask, bias, scale=scale, bias_gradient=bias_gradient,
-        dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
-    return *gradients, q.new_empty(0) if dbias is None else dbias
-
-
-def _padded_bwd_shapes(do, q, k, v, out, lse, key_mask, bias, scale, p, seed, bias_gradient):
-    def like(t: Tensor) -> Tensor:
-        b, h, s, d = t.shape
-        return t.new_empty(b, s, h, d).transpose(1, 2)
-
-    dbias = q.new_empty(0)
-    if bias_gradient:
-        kept = [1 if bias.stride(i) == 0 else bias.shape[i] for i in (0, 1)]
-        dbias = bias.new_empty(*kept, *bias.shape[2:], dtype=torch.float32)
-    return like(q), like(k), like(v), dbias
-
-
-def tile_for(q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> AttentionTile:
-    """The tile of packed attention for these longest sequences."""
-    from ..kernels._device import device_arch
-    from ..kernels._tiles import attention_tile
-
-    return attention_tile(
-        head_dim=q.shape[-1],
-        dtype=q.dtype,
-        arch=device_arch(q.device),
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
-
-
-def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float):
-    from ..kernels._device import device_arch
-    from ..kernels._dropout import dropout_levels
-    from ..kernels._tiles import attention_bwd_tiles
-
-    return attention_bwd_tiles(
-        head_dim=q.shape[-1],
-        dtype=q.dtype,
-        arch=device_arch(q.device),
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        dropout_bits=dropout_levels(dropout_p, coarse=True)[0],
-    )
-
-
-_DROPOUT = "float dropout_p, Tensor? seed"
-_attention_varlen = define(
-    "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}) "
-    "-> (Tensor, Tensor)",
-    _launch_varlen,
-    lambda q, *rest: (
-        q.new_empty(q.shape),
-        q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
-    ),
-)
-_attention_varlen_bwd = define(
-    "attention_varlen_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor tile_map_q, Tensor tile_map_k, "
-    f"int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, bool fused) "
-    "-> (Tensor, Tensor, Tensor)",
-    _launch_varlen_bwd,
-    lambda do, q, k, *rest: _varlen_gradients(q, k, rest[-1]),
-)
-_attention_padded = define(
-    "attention_padded(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, "
-    f"float scale, {_DROPOUT}) -> (Tensor, Tensor)",
-    _launch_padded,
-    lambda q, *rest: (
-        q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2),
-        q.new_empty(q.shape[:3], dtype=torch.float32),
-    ),
-)
-_attention_padded_bwd = define(
-    "attention_padded_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor? key_mask, Tensor? bias, float scale, {_DROPOUT}, bool bias_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _launch_padded_bwd,
-    _padded_bwd_shapes,
-)
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -240,7 +61,7 @@ class _AttentionPadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
         kept, share = _leveled(bias, key_mask)
-        out, lse = _attention_padded(q, k, v, key_mask, _full(kept, q, k), scale, dropout_p, seed)
+        out, lse = attention_padded(q, k, v, key_mask, _full(kept, q, k), scale, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, share, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.bias_shape = None if bias is None else bias.shape
@@ -252,7 +73,7 @@ class _AttentionPadded(torch.autograd.Function):
         q, k, v, out, lse, key_mask, bias, share, seed = ctx.saved_tensors
         do = do if share is None else do * share.to(do.dtype)
         wanted = ctx.needs_input_grad[4]
-        dq, dk, dv, dbias = _attention_padded_bwd(
+        dq, dk, dv, dbias = attention_padded_bwd(
             rows_contiguous(do), q, k, v, out, lse, key_mask, _full(bias, q, k), ctx.scale,
             ctx.dropout_p, seed, wanted,
         )  # fmt: skip
@@ -288,47 +109,6 @@ def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | Non
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-
-
-def run_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: PackedBatch,
-    keys: PackedBatch,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Packed attention by the kernel: its result and the log-sum-exp that backward needs."""
-    tile = tile_for(q, batch.max_seqlen, keys.max_seqlen)
-    return _attention_varlen(
-        q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
-        batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed,
-    )  # fmt: skip
-
-
-def run_varlen_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    batch: PackedBatch,
-    keys: PackedBatch,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    fused: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v; with ``fused`` the first one is all three, ``[T, 3, H, D]``."""
-    tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, dropout_p)
-    return _attention_varlen_bwd(
-        do, q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
-        batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n), batch.max_seqlen,
-        keys.max_seqlen, scale, dropout_p, seed, fused,
-    )  # fmt: skip
 
 
 def attention_varlen(
@@ -521,7 +301,7 @@ def attention(
     if wants_gradient(q, k, v, bias):
         return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
     full = _full(_leveled(bias, key_mask)[0], q, k)
-    return _attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed)[0]
+    return attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
-from .attention import MAX_HEAD_SIZE, tile_for
+from .attention_kernels import MAX_HEAD_SIZE, tile_for
 from .backend import resolve
 from .linear import route
 from .registry import takes_launches

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
-from .attention import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE, run_varlen, run_varlen_bwd
+from .attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE, run_varlen, run_varlen_bwd
 from .dropout import dropout_seed
 from .gradient import first_order_only, trains_on_kernels
 from .layernorm import layer_norm_bwd, layer_norm_fwd, norm_dtype
