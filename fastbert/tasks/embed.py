@@ -1,88 +1,36 @@
-"""Sentence embeddings: tokenise, batch by tokens instead of by sentences, encode packed, pool."""
+"""Sentence embeddings: what sentence-transformers' ``encode`` gives, from packed batches.
+
+The model, its tokenizer and everything after the encoder are sentence-transformers' own, so that a
+folder means what it means there. What is done differently is how texts are batched: by tokens
+instead of by number, with the next texts tokenised while these are encoded.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+
+import fastbert
 
 from .errors import LoadError
-from .loading import load_model, load_tokenizer
+from .loading import load_sentence_transformer
 
-__all__ = ["Embedder", "Pooling", "batches_by_tokens"]
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
-_POOLING = {
-    "mean": ("mean", "pooling_mode_mean_tokens"),
-    "cls": ("cls", "pooling_mode_cls_token"),
-    "max": ("max", "pooling_mode_max_tokens"),
-}
+__all__ = ["WINDOW", "Batch", "Embedder", "batches_by_tokens"]
 
-
-@dataclass(frozen=True)
-class Pooling:
-    """How token vectors become one: ``mean``, ``cls`` or ``max``, then to length 1 or not."""
-
-    kind: str = "mean"
-    normalize: bool = False
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> tuple[Pooling, bool]:
-        """What sentence-transformers' files beside a model ask for, and if there are any.
-
-        Raises:
-            LoadError: a module that is not covered here.
-        """
-        listing = folder / "modules.json"
-        if not listing.is_file():
-            return cls(), False
-        kind, normalize = None, False
-        for module in json.loads(listing.read_text("utf-8")):
-            name = module["type"].rpartition(".")[2]
-            if name == "Pooling":
-                kind = _pooling_kind(folder / module["path"] / "config.json")
-            elif name == "Normalize":
-                normalize = True
-            elif name != "Transformer":
-                raise LoadError(
-                    f"expected Transformer, Pooling and Normalize in {str(listing)!r}, got {name}; "
-                    "use fastbert.accelerate(SentenceTransformer(...)) from Python for this model"
-                )
-        return cls(kind or "mean", normalize), True
-
-    def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """``[B, S, E]`` and ``[B, S]`` -> ``[B, E]``."""
-        real = mask.bool().unsqueeze(-1)
-        if self.kind == "cls":
-            pooled = hidden[:, 0]
-        elif self.kind == "max":
-            pooled = hidden.masked_fill(~real, -torch.inf).amax(1)
-        else:
-            pooled = (hidden * real).sum(1) / real.sum(1).clamp(min=1)
-        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
-
-
-def _pooling_kind(path: Path) -> str:
-    config = json.loads(path.read_text("utf-8"))
-    asked = config.get("pooling_mode")
-    if asked is None:
-        asked = [k.removeprefix("pooling_mode_") for k, v in config.items()
-                 if k.startswith("pooling_mode_") and v]  # fmt: skip
-    asked = [asked] if isinstance(asked, str) else list(asked)
-    for kind, names in _POOLING.items():
-        if [f"pooling_mode_{a.removeprefix('pooling_mode_')}" for a in asked] == [names[1]] or (
-            asked == [kind]
-        ):
-            return kind
-    raise LoadError(
-        f"expected one pooling of {', '.join(_POOLING)} in {str(path)!r}, got {asked}; "
-        "use fastbert.accelerate(SentenceTransformer(...)) from Python for this model"
-    )
+WINDOW = 1024  # texts that are sorted by length, encoded and written together
+# The ids of each text as a list: how many there are decides about the batch.
+_AS_LISTS = {"common": {"return_tensors": None}, "text": {"padding": False}}
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -99,26 +47,71 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         yield batch
 
 
+class Batch(NamedTuple):
+    """Texts that are encoded together.
+
+    Attributes:
+        indices: which of the texts, ``B`` of them.
+        features: what the model takes: ids, types and mask, padded ``[B, S]``, on the host.
+    """
+
+    indices: list[int]
+    features: dict[str, Any]
+
+
 class Embedder:
-    """A model, its tokenizer and its pooling: texts in, vectors out.
+    """A sentence-transformers model behind batches by tokens: texts in, vectors out.
 
     Args:
-        model: a BERT encoder; fastbert's skips the padding.
-        tokenizer: its tokenizer.
-        pooling: how tokens become one vector.
-        max_length: tokens after which a text is cut.
+        model: accelerated or not; it is put into evaluation mode.
+        prompt: what is put before every text; by default the model's own default prompt.
+        prompt_name: one of the model's prompts instead.
+        normalize: scale every vector to length 1, whatever the model does.
+        truncate_dim: keep so many values of each vector; by default what the model says.
+        max_length: tokens after which a text is cut; by default what the model says.
+
+    Raises:
+        LoadError: a prompt or a maximum length that the model does not have, or a model that does
+            not make vectors of tokens.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pooling: Pooling,
-        max_length: int,
+        model: SentenceTransformer,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        max_length: int | None = None,
     ):
-        self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
-        self.max_length = max_length
-        self.size = model.config.hidden_size
+        self.model, self.normalize = model.eval(), normalize
+        self.truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
+        self.prompt = _prompt(model, prompt, prompt_name)
+        self._limit_length(max_length)
+        probe = model.preprocess(["a"], prompt=self.prompt)
+        if not {"input_ids", "attention_mask"} <= set(probe):
+            raise LoadError(
+                "expected a model whose first module is a transformer over text, got "
+                f"{type(model[0]).__name__}, which gives {', '.join(probe)}; use "
+                "SentenceTransformer.encode for it"
+            )
+        # The same for every text: the modality, and how much of it the prompt is.
+        self._shared = {k: v for k, v in probe.items() if not isinstance(v, Tensor)}
+        try:
+            self.size = self.embed(["a"]).shape[1]
+        except KeyError:
+            raise LoadError(
+                "expected a model whose modules end in a sentence embedding, got "
+                f"{', '.join(type(module).__name__ for module in model)}"
+            ) from None
+
+    def _limit_length(self, max_length: int | None) -> None:
+        positions = self.model.transformers_model.config.max_position_embeddings
+        if max_length is not None and not 2 < max_length <= positions:
+            raise LoadError(f"expected a maximum length from 3 to {positions}, got {max_length}")
+        self.max_length = min(max_length or self.model.max_seq_length or positions, positions)
+        self.model.max_seq_length = self.max_length
 
     @classmethod
     def load(
@@ -127,47 +120,110 @@ class Embedder:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        max_length: int | None = None,
         allow_pickle: bool = False,
+        accelerated: bool = True,
+        **options: Any,
     ) -> Embedder:
-        """From a local folder (sentence-transformers' files are honoured) or a hub name.
+        """From a local folder or a hub name.
+
+        Args:
+            source: what ``SentenceTransformer(source)`` takes. A plain transformers folder gets
+                mean pooling there.
+            device, dtype: where and as what the encoder runs; what follows it runs in fp32.
+            allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
+            accelerated: run `fastbert.accelerate` on the model.
+            options: of the constructor.
 
         Raises:
-            LoadError: no usable model or tokenizer there, or a ``max_length`` it does not have.
+            LoadError: no usable model there, or the constructor's.
         """
-        folder = Path(source)
-        model = load_model(
-            "BertModel", source, device=device, dtype=dtype, allow_pickle=allow_pickle
+        model = load_sentence_transformer(
+            source, device=device, dtype=dtype, allow_pickle=allow_pickle
         )
-        tokenizer = load_tokenizer(source)
-        pooling, _ = Pooling.from_folder(folder)
-        limit = model.config.max_position_embeddings
-        if max_length is not None and not 2 < max_length <= limit:
-            raise LoadError(f"expected a maximum length from 3 to {limit}, got {max_length}")
-        listed = folder / "sentence_bert_config.json"
-        if max_length is None and listed.is_file():
-            max_length = json.loads(listed.read_text("utf-8")).get("max_seq_length")
-        return cls(model, tokenizer, pooling, min(max_length or limit, limit))
+        first, *rest = model
+        for module in rest:
+            module.float()
+        first.register_forward_hook(_for_what_follows)
+        if accelerated:
+            try:
+                fastbert.accelerate(model)
+            except (NotImplementedError, ValueError) as error:
+                raise LoadError(f"cannot accelerate {str(source)!r}: {error}") from error
+        return cls(model, **options)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, cut to the maximum length."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
-        return encoded["input_ids"]
+    @property
+    def is_plain(self) -> bool:
+        """Whether there were no sentence-transformers files beside the model, so that it gets mean
+        pooling."""
+        return not self.model.module_kwargs
 
-    def collate(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """A padded batch ``[B, S]``; its mask stays on the host, where reading it is free."""
-        length = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id or 0
-        padded = torch.tensor([[*row, *[pad] * (length - len(row))] for row in ids])
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        return {"input_ids": padded.to(self.model.device), "attention_mask": mask}
+    def digest(self) -> str:
+        """BLAKE2b of all that a vector follows from beside the text: weights, modules, tokens."""
+        found = hashlib.blake2b(digest_size=16)
+        tokens = getattr(self.model.tokenizer, "backend_tokenizer", None)
+        found.update(repr(self.model).encode())
+        found.update((tokens.to_str() if tokens else repr(self.model.tokenizer)).encode())
+        for name, tensor in self.model.state_dict().items():
+            found.update(name.encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(values.view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def tokenize(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Ids, types and mask of each text, cut to the maximum length."""
+        if not texts:
+            return []
+        encoded = self.model.preprocess(
+            list(texts), prompt=self.prompt, processing_kwargs=_AS_LISTS
+        )
+        names = [name for name in encoded if name not in self._shared]
+        columns = (encoded[name] for name in names)
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """A padded batch, ``[B, S]`` each, as the tokenizer pads."""
+        tokenizer = self.model.tokenizer
+        padded = dict(self._shared)
+        length = max(len(row["input_ids"]) for row in rows)
+        fills = {
+            "input_ids": tokenizer.pad_token_id or 0,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+        left = tokenizer.padding_side == "left"
+        for name in rows[0]:
+            grid = np.full((len(rows), length), fills.get(name, 0), dtype=np.int64)
+            for line, row in zip(grid, rows, strict=True):
+                values = row[name]
+                if left:
+                    line[length - len(values) :] = values
+                else:
+                    line[: len(values)] = values
+            padded[name] = torch.from_numpy(grid)
+        return padded
+
+    def prepare(self, texts: Sequence[str], batch_tokens: int = 16384) -> list[Batch]:
+        """Texts as batches of at most ``batch_tokens`` real tokens."""
+        rows = self.tokenize(texts)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return [
+            Batch(indices, self.collate([rows[i] for i in indices]))
+            for indices in batches_by_tokens(lengths, batch_tokens)
+        ]
 
     @torch.inference_mode()
-    def encode_batch(self, batch: dict[str, Tensor]) -> Tensor:
-        """``[B, E]`` in fp32 on the host."""
-        hidden = self.model(**batch).last_hidden_state.float()
-        return self.pooling(hidden, batch["attention_mask"].to(hidden.device)).cpu()
+    def encode(self, features: dict[str, Any]) -> np.ndarray:
+        """``[B, E]`` in fp32 of a padded batch."""
+        device = self.model.device
+        # Real lengths are read from the mask: where it is, on the host, that is free.
+        inputs = {
+            name: value if name in self._shared or name == "attention_mask" else value.to(device)
+            for name, value in features.items()
+        }
+        vectors = self.model(inputs)["sentence_embedding"].float()
+        vectors = vectors[:, : self.truncate_dim]
+        if self.normalize:
+            vectors = nn.functional.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()
 
     def embed(self, texts: Sequence[str], *, batch_tokens: int = 16384) -> np.ndarray:
         """Embeddings of texts, in their order.
@@ -179,21 +235,55 @@ class Embedder:
         Returns:
             ``[len(texts), E]`` fp32.
         """
-        out = np.zeros((len(texts), self.size), dtype=np.float32)
-        ids = self.tokenize(texts) if texts else []
-        for batch in batches_by_tokens([len(row) for row in ids], batch_tokens):
-            out[batch] = self.encode_batch(self.collate([ids[i] for i in batch])).numpy()
+        return self._joined(self.prepare(texts, batch_tokens), len(texts))
+
+    def _joined(self, batches: list[Batch], number: int) -> np.ndarray:
+        if not batches:
+            return np.zeros((0, self.size), np.float32)
+        parts = np.concatenate([self.encode(batch.features) for batch in batches])
+        out = np.empty_like(parts)
+        out[[index for batch in batches for index in batch.indices]] = parts
+        assert len(out) == number
         return out
 
     def stream(
-        self, texts: Iterable[str], *, batch_tokens: int = 16384, window: int = 4096
-    ) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Embeddings of a stream of any length, ``window`` texts at a time, in order."""
-        held: list[str] = []
-        for text in texts:
-            held.append(text)
-            if len(held) == window:
-                yield held, self.embed(held, batch_tokens=batch_tokens)
-                held = []
-        if held:
-            yield held, self.embed(held, batch_tokens=batch_tokens)
+        self, texts: Iterable[str], *, batch_tokens: int = 16384, window: int = WINDOW
+    ) -> Iterator[np.ndarray]:
+        """Embeddings of a stream of any length, ``window`` texts at a time, in order.
+
+        Texts are read and tokenised one window ahead, by a thread.
+        """
+        texts = iter(texts)
+
+        def read_ahead() -> tuple[int, list[Batch]]:
+            held = list(islice(texts, window))
+            return len(held), self.prepare(held, batch_tokens)
+
+        with ThreadPoolExecutor(1, "tokenise") as ahead:
+            pending = ahead.submit(read_ahead)
+            while (ready := pending.result())[0]:
+                pending = ahead.submit(read_ahead)
+                yield self._joined(ready[1], ready[0])
+
+
+def _prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
+    if prompt is not None:
+        return prompt
+    if name is not None and name not in model.prompts:
+        raise LoadError(f"expected a prompt of {sorted(model.prompts)}, got {name!r}")
+    return model.prompts.get(model.default_prompt_name if name is None else name)
+
+
+def _for_what_follows(module: nn.Module, args: tuple, features: dict[str, Any]) -> dict[str, Any]:
+    """Pooling and what comes after it in fp32, and the mask where the vectors are."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(convert, value))
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.float() if floating else value
+
+    converted = {name: convert(value) for name, value in features.items()}
+    device = next(module.parameters()).device
+    converted["attention_mask"] = converted["attention_mask"].to(device)
+    return converted

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 import fastbert
 
 from .errors import LoadError
 
-__all__ = ["load_model", "load_tokenizer", "minilm_folder", "resolve_device", "resolve_dtype"]
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = [
+    "load_model",
+    "load_sentence_transformer",
+    "load_tokenizer",
+    "minilm_folder",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -104,13 +116,7 @@ def load_model(
     Raises:
         LoadError: no such folder, not a BERT, weights that are pickled, missing or damaged.
     """
-    folder = Path(source)
-    if folder.exists() or folder.is_absolute():
-        _check_folder(folder, allow_pickle)
-    hf_logging.disable_progress_bar()
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # its report of missing weights becomes an error below
-    try:
+    with _loading(source, allow_pickle):
         model, report = getattr(fastbert, class_name).from_pretrained(
             source,
             dtype=dtype,
@@ -118,6 +124,57 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
+    _check_complete(report, class_name, source, _NOT_NEEDED)
+    return model.to(device).eval()
+
+
+def load_sentence_transformer(
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+) -> SentenceTransformer:
+    """What sentence-transformers makes of a folder or hub name, not accelerated yet.
+
+    Args:
+        source: a sentence-transformers folder; a plain transformers one gets mean pooling.
+        device, dtype: where and as what.
+        allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
+
+    Raises:
+        LoadError: as `load_model`, or sentence-transformers is not installed.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise LoadError(
+            f"embedding needs sentence-transformers ({_first_line(error)}): "
+            "pip install 'fastbert-triton[embed]'"
+        ) from error
+    with _loading(source, allow_pickle), _loading_reports() as reports:
+        model = SentenceTransformer(
+            str(source),
+            device=str(device),
+            model_kwargs={"dtype": dtype, "use_safetensors": None if allow_pickle else True},
+        )
+    reads_pooler = "pooler_output" in str(getattr(model[0], "modality_config", ""))
+    for report in reports:
+        _check_complete(report, "BertModel", source, () if reads_pooler else _NOT_NEEDED)
+    return model.eval()
+
+
+@contextmanager
+def _loading(source: str | Path, allow_pickle: bool) -> Iterator[None]:
+    """Checks a local folder first; says what goes wrong while it is loaded, and nothing else."""
+    folder = Path(source)
+    if folder.exists() or folder.is_absolute():
+        _check_folder(folder, allow_pickle)
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # its report of missing weights becomes an error
+    try:
+        yield
     except SafetensorError as error:
         raise LoadError(
             f"expected whole weights in {str(source)!r}, got a damaged file ({error}); "
@@ -125,26 +182,53 @@ def load_model(
         ) from error
     except NotImplementedError as error:
         raise LoadError(str(error)) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise LoadError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    missing = sorted(k for k in report["missing_keys"] if not k.startswith(_NOT_NEEDED))
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading_reports() -> Iterator[list[dict]]:
+    """What transformers found missing in each BERT that somebody else loads in here.
+
+    It says so to who calls ``from_pretrained`` only; sentence-transformers does not ask.
+    """
+    reports = []
+
+    def from_pretrained(cls, *args, **kwargs):
+        model, report = inherited(cls, *args, output_loading_info=True, **kwargs)
+        reports.append(report)
+        return model
+
+    inherited = PreTrainedModel.from_pretrained.__func__
+    BertModel.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield reports
+    finally:
+        del BertModel.from_pretrained
+
+
+def _check_complete(report: dict, name: str, source: str | Path, optional: tuple[str, ...]) -> None:
+    missing = sorted(k for k in report["missing_keys"] if not k.startswith(optional))
     wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
     if missing or wrong:
         shown = ", ".join((missing + wrong)[:3])
         raise LoadError(
-            f"expected all weights of a {class_name} in {str(source)!r}, got a checkpoint without "
+            f"expected all weights of a {name} in {str(source)!r}, got a checkpoint without "
             f"{len(missing) + len(wrong)} of them ({shown}, ...); random ones in their place would "
             "compute nonsense. Use a checkpoint that was trained for this"
         )
-    return model.to(device).eval()
 
 
 def _check_folder(folder: Path, allow_pickle: bool) -> None:
     if not folder.is_dir():
         raise LoadError(f"expected a model folder, got {str(folder)!r}, which does not exist")
     config = folder / "config.json"
+    if not config.is_file() and (folder / "modules.json").is_file():
+        return  # older sentence-transformers folders have the model in a folder of its own
     if not config.is_file():
         raise LoadError(f"expected a model folder with config.json, got {str(folder)!r} without")
     try:

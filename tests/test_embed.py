@@ -1,0 +1,519 @@
+"""``fastbert embed`` and the library behind it: every format, every folder, every failure."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fastbert
+from fastbert.tasks.embed import Embedder, batches_by_tokens
+from fastbert.tasks.embed_file import embed_file
+from fastbert.tasks.errors import InputError, LoadError, TaskError
+from fastbert.tasks.reading import TextFile
+
+pytest.importorskip("sentence_transformers")
+pytestmark = pytest.mark.usefixtures("on_torch")
+CPU = torch.device("cpu")
+TEXTS = ["paris is a city", "rome", "madrid is the capital of spain and a city"]
+
+
+def write_input(path, kind):
+    if kind == ".txt":
+        path.write_text("\n".join(TEXTS))
+    elif kind in (".csv", ".tsv"):
+        comma = "," if kind == ".csv" else "\t"
+        rows = "".join(f'{i}{comma}"{t}"\n' for i, t in enumerate(TEXTS))
+        path.write_text(f"id{comma}text\n" + rows)
+    elif kind == ".jsonl":
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pa.parquet.write_table(pa.table({"text": TEXTS}), path)
+    return path
+
+
+def read_output(path):
+    """Lines, texts and vectors of a file that was written."""
+    import gzip
+
+    if path.suffix == ".npy":
+        return None, None, np.load(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        import csv
+
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8", newline="") as file:
+            if ".csv" in path.suffixes:
+                rows = [{**row, "line": int(row["line"]), "embedding": json.loads(row["embedding"])}
+                        for row in csv.DictReader(file)]  # fmt: skip
+            else:
+                rows = [json.loads(line) for line in file]
+    vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
+    return [row["line"] for row in rows], [row["text"] for row in rows], vectors
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder):
+    """The mean of transformers' last hidden states, text by text."""
+    model = transformers.BertModel.from_pretrained(tiny_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt"))[0][0].mean(0) for text in TEXTS]
+    return torch.stack(alone).numpy()
+
+
+OUTPUTS = (".npy", ".parquet", ".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
+
+
+@pytest.mark.parametrize("kind", [".txt", ".csv", ".tsv", ".jsonl", ".parquet"])
+def test_embed_reads_every_format(kind, tiny_folder, expected, tmp_path, run):
+    source, target = write_input(tmp_path / f"in{kind}", kind), tmp_path / "out.npy"
+    code, out, err = run("embed", source, "-o", target, "--model", tiny_folder, "--batch-tokens", 9)
+    assert code == 0, err
+    assert "3 embeddings of size 32" in out
+    assert "not a sentence-transformers model: mean pooling" in err
+    assert np.abs(np.load(target) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_embed_writes_every_format_to_the_last_bit(kind, tiny_folder, expected, tmp_path, run):
+    text = '\u2028a "quoted"\r, text'
+    source, target = tmp_path / "in.jsonl", tmp_path / f"out{kind}"
+    lines = [json.dumps({"text": text}), "", *(json.dumps({"text": t}) for t in TEXTS)]
+    source.write_text("\n".join(lines))
+    options = ("--model", tiny_folder, "--on-error", "skip")
+    code, _, err = run("embed", source, "-o", target, *options)
+    assert code == 0, err
+    line, texts, vectors = read_output(target)
+    assert np.abs(vectors[1:] - expected).max() < 1e-5
+    if line is not None:
+        assert line == [1, 3, 4, 5] and texts == [text, *TEXTS]
+    assert run("embed", source, "-o", tmp_path / "same.npy", *options)[0] == 0
+    assert np.array_equal(vectors, np.load(tmp_path / "same.npy"))
+    again = tmp_path / f"again{kind}"
+    assert run("embed", source, "-o", again, *options)[0] == 0
+    assert again.read_bytes() == target.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        {"in.jsonl", "same.npy", target.name, again.name}
+    )
+
+
+def test_standard_input(tiny_folder, expected, tmp_path):
+    target = tmp_path / "o.npy"
+    command = [sys.executable, "-m", "fastbert", "embed", "-", "-o", target, "--model", tiny_folder]
+    environment = {**os.environ, "FASTBERT_BACKEND": "torch"}
+    result = subprocess.run(
+        command, input="\n".join(TEXTS), capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "a text on every line (--format says otherwise)" in result.stderr
+    assert np.abs(np.load(target) - expected).max() < 1e-5
+
+
+# The readers' own cases are in test_reading.py.
+BAD_ROWS = {
+    "not JSON": ("a.jsonl", b'{"text": "rome"}\n{"text": \n', 2, "not JSON"),
+    "not UTF-8": ("a.txt", b"rome\nparis\n\xff\xfe\n", 3, "not UTF-8"),
+    "too many cells": ("a.csv", b"text\nrome\nparis,x\n", 3, "expected 1 cells, got 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_reported_with_its_line_and_nothing_is_lost(name, tiny_folder, tmp_path, run):
+    file, content, line, reason = BAD_ROWS[name]
+    source, target = tmp_path / file, tmp_path / "out.npy"
+    source.write_bytes(content)
+    target.write_bytes(b"from before")
+    code, _, err = run("embed", source, "-o", target, "--model", tiny_folder)
+    assert code == 3 and f"line {line}: " in err and reason in err
+    assert target.read_bytes() == b"from before"
+    code, out, err = run(
+        "embed", source, "-o", target, "--model", tiny_folder, "--on-error", "skip"
+    )
+    assert code == 0 and "1 bad rows left out" in out and f"line {line}: " in err
+    assert len(np.load(target)) == content.count(b"\n") - (file.endswith("csv")) - 1
+
+
+def test_unreadable_inputs_and_outputs(tiny_folder, tmp_path, run):
+    text = tmp_path / "a.txt"
+    text.write_text("rome\n")
+    (tmp_path / "b.csv").write_text("title\nrome\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "rome"}\n')
+    (tmp_path / "folder.npy").mkdir()
+    cases = [
+        ((tmp_path / "none.txt", "-o", tmp_path / "o.npy"), 3, "No such file"),
+        ((text, "-o", tmp_path / "o.txt"), 5, "expected an output of .npy, .parquet"),
+        ((text, "-o", tmp_path / "none/o.npy"), 5, "expected an existing folder"),
+        ((text, "-o", tmp_path / "folder.npy"), 5, "expected a file that can be written"),
+        ((tmp_path / "c.jsonl", "-o", tmp_path / "c.jsonl"), 5, "another file than the input"),
+        ((text,), 2, "output"),
+        ((text, "-o", tmp_path / "o.npy", "--column", "text"), 3, "expected no column"),
+        ((text, "-o", tmp_path / "o.npy", "--device", "tpu9"), 4, "expected a device"),
+        ((text, "-o", tmp_path / "o.npy", "--dtype", "int3"), 4, "expected a dtype"),
+        ((text, "-o", tmp_path / "o.npy", "--max-length", 99), 4, "from 3 to 40"),
+        ((text, "-o", tmp_path / "o.npy", "--prompt-name", "ode"), 4, "got 'ode'"),
+        ((tmp_path / "b.csv", "-o", tmp_path / "o.npy"), 3, "expected a column 'text'"),
+        ((tmp_path / "b.csv", "-o", tmp_path / "o.npy", "--format", "jsonl"), 3, "not JSON"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for args, code, message in cases:
+        found, out, err = run("embed", *args, "--model", tiny_folder)
+        assert found == code and message in err + out, (args, found, err)
+        assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "c.jsonl").read_text()
+
+
+def test_options_reach_the_vectors(tiny_folder, tmp_path, run):
+    source = write_input(tmp_path / "a.csv", ".csv")
+
+    def embed(*options):
+        code, _, err = run("embed", source, "-o", tmp_path / "o.npy", "--model", tiny_folder,
+                           *options)  # fmt: skip
+        assert code == 0, err
+        return np.load(tmp_path / "o.npy")
+
+    plain = embed()
+    unit = embed("--normalize")
+    assert np.allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-6)
+    assert np.array_equal(embed("--truncate-dim", 5), plain[:, :5])
+    short = embed("--normalize", "--truncate-dim", 5)
+    assert np.allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6) and short.shape == (3, 5)
+    prompted = embed("--prompt", "rome is ")
+    source.write_text("text\n" + "".join(f"rome is {text}\n" for text in TEXTS))
+    assert np.array_equal(prompted, embed())
+    cut = embed("--max-length", 4)
+    assert np.abs(cut - embed()).max() > 1e-3
+
+
+def embedder_of(folder, **options):
+    return Embedder.load(folder, device=CPU, **options)
+
+
+@pytest.mark.parametrize("output", ["o.npy", "o.parquet", "o.jsonl"])
+def test_a_full_disk_leaves_everything_as_it_was(output, tiny_folder, tmp_path, run, monkeypatch):
+    source = write_input(tmp_path / "a.txt", ".txt")
+    target = tmp_path / output
+    target.write_bytes(b"from before")
+    real, calls = os.fsync, []
+
+    def fills_at(number):
+        def fsync(descriptor):
+            calls.append(descriptor)
+            if len(calls) == number:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        return fsync
+
+    for number in range(1, 5 if output == "o.npy" else 6):
+        calls.clear()
+        monkeypatch.setattr("fastbert.tasks.writing.os.fsync", fills_at(number))
+        code, _, err = run("embed", source, "-o", target, "--model", tiny_folder)
+        if number <= (3 if output == "o.npy" else 4):
+            assert code == 5 and "No space left on device; nothing was left behind" in err, number
+            assert target.read_bytes() == b"from before"
+        else:
+            assert code == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.txt", output])
+
+
+def test_a_disk_that_really_takes_no_more(tiny_folder, tmp_path, run):
+    """The kernel refuses the write, here since files may not grow beyond 8 kB."""
+    source, target = tmp_path / "a.txt", tmp_path / "o.npy"
+    source.write_text("rome\n" * 2000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        code, _, err = run("embed", source, "-o", target, "--model", tiny_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 5 and "File too large; nothing was left behind" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tiny_folder, tmp_path, run):
+    source = write_input(tmp_path / "a.txt", ".txt")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = run("embed", source, "-o", tmp_path / "locked/o.npy", "--model", tiny_folder)
+    assert code == 5 and "can be written" in err
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tiny_folder, tmp_path, monkeypatch):
+    source, target = write_input(tmp_path / "a.txt", ".txt"), tmp_path / "o.npy"
+    embedder = embedder_of(tiny_folder)
+    encode = embedder.encode
+
+    def changing(features):
+        source.write_text(source.read_text() + "\nmore")
+        return encode(features)
+
+    monkeypatch.setattr(embedder, "encode", changing)
+    with pytest.raises(InputError, match="got another file while it was read"):
+        embed_file(TextFile(source), target, embedder)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_vectors_that_are_not_finite_are_refused(tiny_folder, tmp_path):
+    source, target = write_input(tmp_path / "a.txt", ".txt"), tmp_path / "o.npy"
+    embedder = embedder_of(tiny_folder)
+    with torch.no_grad():
+        word = embedder.model.tokenizer.convert_tokens_to_ids("rome")
+        embedder.model[0].model.embeddings.word_embeddings.weight[word] = torch.nan
+    with pytest.raises(TaskError, match="got 1 that are not, the first for text 2"):
+        embed_file(TextFile(source), target, embedder)
+    assert not target.exists()
+
+
+def test_models_that_cannot_be_used(tiny_folder, tmp_path, run):
+    source = write_input(tmp_path / "a.txt", ".txt")
+
+    def fails_with(model, message, *options):
+        code, _, err = run("embed", source, "-o", tmp_path / "o.npy", "--model", model, *options)
+        assert code == 4 and message in err, err
+
+    fails_with(tmp_path / "nowhere", "which does not exist")
+    fails_with(tmp_path, "with config.json")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    fails_with(broken, "expected whole weights")
+    state = fastbert.BertModel.from_pretrained(tiny_folder).state_dict()
+    weights.unlink()
+    fails_with(broken, "expected model.safetensors")
+    torch.save(state, broken / "pytorch_model.bin")
+    fails_with(broken, "pass --allow-pickle")
+    code, _, err = run("embed", source, "-o", tmp_path / "p.npy", "--model", broken,
+                       "--allow-pickle")  # fmt: skip
+    assert code == 0, err
+    missing = "encoder.layer.1.output.dense.weight"
+    torch.save({k: v for k, v in state.items() if k != missing}, broken / "pytorch_model.bin")
+    fails_with(broken, missing, "--allow-pickle")
+    torch.save(state, broken / "pytorch_model.bin")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
+    fails_with(broken, "'roberta'")
+    (broken / "config.json").write_text(
+        json.dumps({**config, "position_embedding_type": "relative_key"})
+    )
+    fails_with(broken, "'relative_key'", "--allow-pickle")
+    (broken / "config.json").write_text("{")
+    fails_with(broken, "expected JSON")
+    assert "from_pretrained" not in vars(transformers.BertModel)  # what watches loading is gone
+
+
+def test_a_model_of_another_kind_says_what_it_is(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    words = transformers.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "a": 2})
+    static = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
+    static.save_pretrained(str(tmp_path / "static"))
+    with pytest.raises(LoadError, match="a transformers BertModel inside, got a SentenceTransf"):
+        embedder_of(tmp_path / "static")
+
+
+def changed(folder, target, **files):
+    """A copy of a model folder with other values in some JSON files; weights are shared."""
+    shutil.copytree(folder, target, copy_function=os.link)
+    for name, change in files.items():
+        path = target / name.replace("__", "/").replace("_json", ".json")
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(change(content) or content), "utf-8")
+    return target
+
+
+def _set(**values):
+    return lambda content: content.update(values)
+
+
+def _cased(content):
+    content["normalizer"]["lowercase"] = False
+
+
+POOLING = "1_Pooling__config_json"
+VARIANTS = {
+    "as it is": {},
+    "lower-casing asked for beside the tokenizer": {
+        "sentence_bert_config_json": _set(do_lower_case=True),
+        "tokenizer_config_json": _set(do_lower_case=False),
+        "tokenizer_json": _cased,
+    },
+    "a default prompt": {
+        "config_sentence_transformers_json": _set(
+            prompts={"query": "query: "}, default_prompt_name="query"
+        ),
+    },
+    "a default prompt that is not pooled": {
+        "config_sentence_transformers_json": _set(
+            prompts={"query": "a long one: "}, default_prompt_name="query"
+        ),
+        POOLING: _set(include_prompt=False),
+    },
+    "fewer values, of the first token": {
+        "config_sentence_transformers_json": _set(truncate_dim=64),
+        POOLING: _set(pooling_mode_cls_token=True, pooling_mode_mean_tokens=False),
+    },
+    "two poolings": {POOLING: _set(pooling_mode_max_tokens=True)},
+    "a short maximum in the tokenizer": {
+        "sentence_bert_config_json": lambda content: {"do_lower_case": False},
+        "tokenizer_config_json": _set(model_max_length=17),
+    },
+}
+AWKWARD = ["Hello World, the Quick Brown FOX", "word " * 300 + "the end differs", "x", "ein Weg"]
+
+_REFERENCE = """
+import json, sys
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from fastbert.tasks.embed import Embedder
+
+names, texts = json.load(sys.stdin)
+for name in names:
+    expected = SentenceTransformer(name, device="cpu").encode(texts)
+    actual = Embedder.load(name, device=torch.device("cpu")).embed(texts)
+    print(name, actual.shape == expected.shape and float(np.abs(actual - expected).max()), sep="|")
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_or_name_means_what_sentence_transformers_says(minilm_folder, tmp_path):
+    """Changed copies of a real folder, by path and as a hub name in an offline cache."""
+    names = []
+    for number, (label, files) in enumerate(VARIANTS.items()):
+        names.append(str(changed(minilm_folder, tmp_path / str(number), **files)))
+        if label == "as it is":
+            plain = changed(minilm_folder, tmp_path / "plain")
+            (plain / "modules.json").unlink()
+            names.append(str(plain))
+            old = changed(minilm_folder, tmp_path / "old")
+            inner = old / "0_Transformer"
+            inner.mkdir()
+            for path in [p for p in old.iterdir() if p.is_file() and p.name != "modules.json"
+                         and not p.name.startswith("config_")]:  # fmt: skip
+                path.rename(inner / path.name)
+            modules = json.loads((old / "modules.json").read_text())
+            modules[0]["path"] = "0_Transformer"
+            (old / "modules.json").unlink()
+            (old / "modules.json").write_text(json.dumps(modules))
+            names.append(str(old))
+        cache = tmp_path / f"hf/hub/models--tiny-org--variant-{number}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs/main").write_text("a" * 40)
+        changed(minilm_folder, cache / "snapshots" / ("a" * 40), **files)
+        names.append(f"tiny-org/variant-{number}")
+    result = subprocess.run(
+        [sys.executable, "-c", _REFERENCE],
+        input=json.dumps([names, AWKWARD]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "FASTBERT_BACKEND": "torch"},
+    )
+    assert result.returncode == 0, result.stderr
+    found = dict(line.split("|") for line in result.stdout.splitlines())
+    assert set(found) == set(names)
+    assert all(value != "False" and float(value) < 1e-5 for value in found.values()), found
+
+
+@pytest.mark.slow
+def test_dense_and_dropout_after_the_pooling(tiny_folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense
+    from sentence_transformers.sentence_transformer.modules import Dropout
+
+    torch.manual_seed(0)
+    model = SentenceTransformer(str(tiny_folder), device="cpu")
+    model.append(Dropout(0.5))
+    model.append(Dense(32, 7))
+    model.save_pretrained(str(tmp_path / "model"))
+    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(TEXTS)
+    actual = embedder_of(tmp_path / "model").embed(TEXTS)
+    assert actual.shape == (3, 7) and np.abs(actual - expected).max() < 1e-5
+    half = embedder_of(tmp_path / "model", dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16 and half.model[3].linear.weight.dtype == torch.float32
+    assert np.abs(half.embed(TEXTS) - expected).max() < 0.05
+
+
+def test_padding_on_the_left_is_kept(tiny_folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    folder = changed(tiny_folder, tmp_path / "left",
+                     tokenizer_config_json=_set(padding_side="left"))  # fmt: skip
+    expected = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    assert np.abs(embedder_of(folder).embed(TEXTS) - expected).max() < 1e-5
+
+
+def test_without_sentence_transformers_it_says_what_to_install(tiny_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(LoadError, match=r"pip install 'fastbert-triton\[embed\]'"):
+        embedder_of(tiny_folder)
+
+
+def test_streaming_is_embedding(tiny_folder):
+    embedder = embedder_of(tiny_folder)
+    texts = [text for text in TEXTS for _ in range(9)]
+    whole = embedder.embed(texts)
+    assert whole.shape == (27, embedder.size) and embedder.embed([]).shape == (0, embedder.size)
+    for window in (1, 7, 27, 100):
+        parts = list(embedder.stream(iter(texts), batch_tokens=20, window=window))
+        assert np.abs(np.concatenate(parts) - whole).max() < 1e-5
+        assert [len(part) for part in parts[:-1]] == [window] * (len(parts) - 1)
+    assert list(embedder.stream(iter([]))) == []
+
+
+def test_a_failure_while_reading_ahead_is_raised(tiny_folder):
+    def texts():
+        yield from TEXTS
+        raise InputError("expected more")
+
+    stream = embedder_of(tiny_folder).stream(texts(), window=2)
+    assert len(next(stream)) == 2
+    with pytest.raises(InputError, match="expected more"):
+        list(stream)
+
+
+def test_batches_hold_at_most_the_budget():
+    lengths = [3, 50, 1, 8, 9, 9, 2]
+    batches = list(batches_by_tokens(lengths, 18))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in batch) <= 18 or len(batch) == 1 for batch in batches)
+    assert len(batches) == 3
+
+
+def test_the_digest_tells_models_apart(tiny_folder, tmp_path):
+    digest = embedder_of(tiny_folder).digest()
+    assert embedder_of(tiny_folder).digest() == digest
+    embedder = embedder_of(tiny_folder)
+    with torch.no_grad():
+        embedder.model[0].model.embeddings.word_embeddings.weight[7, 3] += 1e-3
+    assert embedder.digest() != digest
+    cased = changed(tiny_folder, tmp_path / "other",
+                    tokenizer_config_json=_set(do_lower_case=False))  # fmt: skip
+    assert embedder_of(cased).digest() != digest
+
+
+def test_the_folder_of_a_path_may_be_relative(tiny_folder, tmp_path, run, monkeypatch):
+    write_input(tmp_path / "a.txt", ".txt")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("embed", "a.txt", "-o", "o.npy", "--model", tiny_folder)
+    assert code == 0 and Path("o.npy").exists(), err
