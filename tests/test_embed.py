@@ -515,5 +515,5 @@ def test_the_digest_tells_models_apart(tiny_folder, tmp_path):
 def test_the_folder_of_a_path_may_be_relative(tiny_folder, tmp_path, run, monkeypatch):
     write_input(tmp_path / "a.txt", ".txt")
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("embed", "a.txt", "-o", "o.npy", "--model", tiny_folder)
+    code, _, err = run("embed", "a.txt", "-o", "o.npy", "--model", tiny_folder)
     assert code == 0 and Path("o.npy").exists(), err

@@ -1,4 +1,4 @@
-"""A run of ``fastbert embed`` that ends at any moment: what is left, and how the next one goes on."""
+"""A run of ``fastbert embed`` that ends at any moment: what is left, how the next goes on."""
 
 import json
 import random
@@ -68,9 +68,7 @@ def test_ended_at_any_moment_and_resumed(kind, step, texts, tiny_folder, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", CODES)
-def test_without_resume_nothing_is_left_and_nothing_stale_is_used(
-    end, texts, tiny_folder, tmp_path
-):
+def test_without_resume_nothing_is_left_or_used(end, texts, tiny_folder, tmp_path):
     base = ["embed", texts, "--model", tiny_folder, "--batch-tokens", 40, "-o"]
     target, log = tmp_path / "out.npy", tmp_path / "log"
     target.write_bytes(b"from before")

@@ -58,7 +58,7 @@ def _options(
 
 @contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends the program as Ctrl-C does: nothing is left half done."""
+    """SIGTERM, which schedulers send, ends the program as Ctrl-C does: nothing is half done."""
 
     def leave(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one may not stop the cleaning up

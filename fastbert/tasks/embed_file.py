@@ -37,7 +37,7 @@ class Embedded(NamedTuple):
 
 def embed_file(
     texts: TextFile,
-    output: Path,
+    output: Path | str,
     embedder: Embedder,
     *,
     scan: Scan | None = None,
@@ -79,7 +79,7 @@ def embed_file(
         "fastbert": fastbert.__version__,
         "torch": torch.__version__,
     }
-    good = (row for row in texts.rows() if isinstance(row, Row))
+    output, good = Path(output), (row for row in texts.rows() if isinstance(row, Row))
     file = VectorFile(output, facts, num_rows=scan.num_rows, size=embedder.size, resume=resume)
     with file:
         resumed = file.done

@@ -97,6 +97,8 @@ class TextFile:
                 f"expected no column for a .txt, whose lines are the texts, got {column!r}"
             )
         self.column = "the line" if self.kind == "txt" else column or "text"
+        if self.path.is_dir():
+            raise InputError(f"expected a file, got {self.name!r}, which is a folder")
         self._spooled = _spool(sys.stdin.buffer) if self.is_stdin else None
         if self.is_stdin and kind is None:
             self._refuse_json()
@@ -406,7 +408,10 @@ def _read_parquet(file: BinaryIO, source: TextFile) -> Iterator[Row | BadRow]:
             "parquet needs pyarrow: pip install 'fastbert-triton[embed]', or use .jsonl"
         ) from None
     try:
-        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        # Without a buffer a whole group is held, which may be the whole file.
+        table = pyarrow.parquet.ParquetFile(
+            file, buffer_size=1 << 20, page_checksum_verification=True
+        )
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"expected a parquet file, got {source.name!r}: {error}") from error
     _the_only(table.schema_arrow.names, source)
