@@ -24,13 +24,15 @@ class FakeClock:
 
 
 class FakeTime:
-    """The time that `fastbert.benchmarks.timing` sees: it passes when something sleeps."""
+    """The time that a module of the benchmarks sees: it passes when something sleeps."""
 
     def __init__(self):
         self.now = 0.0
 
     def perf_counter(self) -> float:
         return self.now
+
+    monotonic = perf_counter
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
