@@ -41,29 +41,31 @@ def encoded(log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "step"), [("npy", 4), ("parquet", 7)])
-def test_ended_at_any_moment_and_resumed(kind, step, texts, tiny_folder, tmp_path):
-    """At every so many moments of a run, by each signal in turn: the next run ends as the first
-    would have, does not encode again what had been counted as done, and nothing else is left."""
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_ended_at_any_moment_and_resumed(kind, texts, tiny_folder, tmp_path):
+    """At every moment of a window and of the end of a run: the next run ends as the first would
+    have, does not encode again what had been counted as done, and nothing else is left."""
     base = ["embed", texts, "--model", tiny_folder, "--batch-tokens", 40, "--resume", "-o"]
     whole, log = tmp_path / f"whole.{kind}", tmp_path / "log"
     assert run([*base, whole], window=WINDOW, log=log) == 0
-    expected, all_moments = whole.read_bytes(), len(moments_of(log))
-    needed = encoded(log)
-    assert needed == ROWS + 1 and all_moments > 30  # one text finds out the size
-    signals = list(CODES)
-    for number, at in enumerate(range(0, all_moments, step)):
-        folder = tmp_path / str(at)
+    expected, moments = whole.read_bytes(), moments_of(log)
+    assert encoded(log) == ROWS + 1  # one text finds out the size
+    placed = [at for at, (what, _) in enumerate(moments) if what == "in place"]
+    third, end = range(placed[2] + 1, placed[3] + 1), range(placed[-2] + 1, len(moments))
+    assert len(third) > 3 and len(end) > (kind == "parquet")
+    cases = [(signal.SIGKILL, at) for at in (0, *(third if kind == "npy" else ()), *end)]
+    cases += [(number, at) for number in (signal.SIGTERM, signal.SIGINT) for at in third[::2]]
+    for number, at in cases if kind == "npy" else cases[: 1 + len(end)]:
+        folder = tmp_path / f"{number}-{at}"
         folder.mkdir()
         target, log = folder / f"out.{kind}", folder / "log"
-        end = signals[number % 3]
-        code = run([*base, target], window=WINDOW, number=end, log=log, at=at)
-        assert code == CODES[end], (code, end, at)
+        code = run([*base, target], window=WINDOW, number=number, log=log, at=at)
+        assert code == CODES[number], (code, number, at)
         assert not target.exists()
-        assert run([*base, target], window=WINDOW, log=log) == 0
+        assert run([*base, target], window=WINDOW, log=log) == 0, (number, at)
         assert target.read_bytes() == expected
         assert sorted(p.name for p in folder.iterdir()) == ["log", target.name]
-        assert encoded(log) <= needed + 1 + WINDOW, at
+        assert encoded(log) <= ROWS + 2 + WINDOW, (number, at)
 
 
 @pytest.mark.slow

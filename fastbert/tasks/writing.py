@@ -138,7 +138,6 @@ class VectorFile:
                 f"expected {self.done} vectors in {str(self._vectors)!r}, got fewer: it was "
                 "changed. Start again without --resume"
             )
-        self._file.truncate(end)
         self._file.seek(end)
         self._count(self.done)
 
