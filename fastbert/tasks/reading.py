@@ -408,9 +408,9 @@ def _read_parquet(file: BinaryIO, source: TextFile) -> Iterator[Row | BadRow]:
             "parquet needs pyarrow: pip install 'fastbert-triton[embed]', or use .jsonl"
         ) from None
     try:
-        # Without a buffer a whole group is held, which may be the whole file.
+        # By default a whole group is read at once, which may be the whole file.
         table = pyarrow.parquet.ParquetFile(
-            file, buffer_size=1 << 20, page_checksum_verification=True
+            file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
         )
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"expected a parquet file, got {source.name!r}: {error}") from error
