@@ -13,9 +13,11 @@ from .encoders import (
     BASELINE,
     COMPILED,
     EAGER,
+    FREEZING,
     INFERENCE,
     OPENVINO,
     ORT,
+    OWN_FROZEN,
     OWN_PADDED,
     TORCH_ENCODER,
 )
@@ -30,7 +32,8 @@ __all__ = ["SUITES", "workloads"]
 SUITES = ("smoke", "quick", "targets", "kernels", "models")
 _RAGGED = tuple(name for name in LENGTHS if name != "fixed")
 _NO_COMPILE = (OURS, BASELINE, EAGER)
-_PEERS = (OURS, BASELINE, COMPILED, TORCH_ENCODER, ORT, OPENVINO)  # where a call takes seconds
+# where a call takes seconds
+_PEERS = (OURS, OWN_FROZEN, BASELINE, COMPILED, FREEZING, TORCH_ENCODER, ORT, OPENVINO)
 
 
 def workloads(device: str, suite: str | None = None) -> list[Workload]:

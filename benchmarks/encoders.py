@@ -26,8 +26,8 @@ from .shapes import MODELS
 from .workload import OURS, Unavailable
 
 __all__ = [
-    "BASELINE", "COMPILED", "EAGER", "INFERENCE", "OPENVINO", "ORT", "OWN_GRAPHS", "OWN_PADDED",
-    "TORCH_ENCODER",
+    "BASELINE", "COMPILED", "EAGER", "FREEZING", "INFERENCE", "OPENVINO", "ORT", "OWN_FROZEN",
+    "OWN_GRAPHS", "OWN_PADDED", "TORCH_ENCODER",
     "Encoders", "config_of", "encoders_of", "providers_of",
 ]  # fmt: skip
 
@@ -35,9 +35,13 @@ BASELINE = "transformers sdpa"
 EAGER, COMPILED = "transformers eager", "torch.compile"
 TORCH_ENCODER = "nn.TransformerEncoder"
 OWN_PADDED, OWN_GRAPHS = "fastbert, padded", "fastbert, CUDA graphs"
+OWN_FROZEN = "fastbert, frozen"
+# What lives on the promise that weights stay: peers of ours frozen.
+FREEZING = "torch.compile, freezing"
 ORT, OPENVINO = "ONNX Runtime", "OpenVINO"
 INFERENCE = (
-    OURS, OWN_GRAPHS, BASELINE, EAGER, COMPILED, TORCH_ENCODER, OWN_PADDED, ORT, OPENVINO,
+    OURS, OWN_FROZEN, OWN_GRAPHS, BASELINE, EAGER, COMPILED, FREEZING, TORCH_ENCODER, OWN_PADDED,
+    ORT, OPENVINO,
 )  # fmt: skip
 Inputs = dict[str, Tensor]
 
@@ -85,6 +89,9 @@ class Encoders:
     def _make_fastbert(self):
         return self._copy(self._make(fastbert.BertModel))
 
+    def _make_fastbert_frozen(self):
+        return self._copy(self._make(fastbert.BertModel, frozen=True))
+
     def _make_fastbert_graphs(self):
         return self._copy(self._make(fastbert.BertModel, cuda_graphs=True))
 
@@ -102,6 +109,12 @@ class Encoders:
         # Compiled anew for every shape: with a dynamic one it would not be at its best.
         mode = "max-autotune" if self.device == "cuda" else None
         return torch.compile(self.sdpa, mode=mode, dynamic=False)
+
+    def _make_freezing(self):
+        """Inductor keeps weights as constants, in oneDNN's layout; without it it packs none."""
+        torch._dynamo.reset()
+        model = copy.deepcopy(self.sdpa).requires_grad_(False)
+        return torch.compile(model, dynamic=False, options={"freezing": True})
 
     def _make_torch_encoder(self):
         return _TorchEncoder(self.sdpa).to(self.device, self.dtype).eval()
@@ -235,6 +248,22 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
             raise Unavailable("CUDA graphs need a GPU")
         return of_model("fastbert_graphs")()
 
+    def of_frozen():
+        if encoders.device != "cpu":
+            raise Unavailable("frozen weights make a difference on CPUs only")
+        return of_model("fastbert_frozen")()
+
+    def of_freezing():
+        if encoders.device != "cpu":
+            raise Unavailable("freezing is measured on CPUs only")
+        model = encoders.get("freezing")
+
+        def run(x: Inputs):
+            with torch.no_grad():
+                return model(**x).last_hidden_state
+
+        return run
+
     def of_compiled():
         model = encoders.get("compiled")
 
@@ -282,11 +311,13 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
 
     return {
         OURS: of_model("fastbert"),
+        OWN_FROZEN: of_frozen,
         OWN_GRAPHS: of_graphs,
         OWN_PADDED: of_model("fastbert_padded"),
         BASELINE: of_model(None),
         EAGER: of_model("eager"),
         COMPILED: of_compiled,
+        FREEZING: of_freezing,
         TORCH_ENCODER: of_torch_encoder,
         ORT: on_cpu("onnxruntime", of_onnxruntime),
         OPENVINO: on_cpu("openvino", of_openvino),

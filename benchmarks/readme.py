@@ -10,7 +10,17 @@ import re
 import sys
 from pathlib import Path
 
-from .encoders import BASELINE, COMPILED, EAGER, OPENVINO, ORT, OWN_GRAPHS, TORCH_ENCODER
+from .encoders import (
+    BASELINE,
+    COMPILED,
+    EAGER,
+    FREEZING,
+    OPENVINO,
+    ORT,
+    OWN_FROZEN,
+    OWN_GRAPHS,
+    TORCH_ENCODER,
+)
 from .report import TARGET_HEADER, target_rows
 from .results import Results
 from .targets import judge
@@ -22,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 _PEERS = {
-    "cpu": (COMPILED, ORT, OPENVINO, TORCH_ENCODER),
+    "cpu": (OWN_FROZEN, COMPILED, FREEZING, ORT, OPENVINO, TORCH_ENCODER),
     "cuda": (OWN_GRAPHS, EAGER, COMPILED, TORCH_ENCODER),
 }
 _NOT_MEASURED = {

@@ -14,8 +14,10 @@ from .encoders import (
     BASELINE,
     COMPILED,
     EAGER,
+    FREEZING,
     OPENVINO,
     ORT,
+    OWN_FROZEN,
     OWN_GRAPHS,
     OWN_PADDED,
     TORCH_ENCODER,
@@ -123,15 +125,18 @@ def _wall_over_device(m: Measurement, _: Results) -> float | None:
 # ---- CPU ----
 
 _DENSE_OPS = ("latency", "throughput")
-_PEERS = (BASELINE, EAGER, COMPILED, TORCH_ENCODER, ORT, OPENVINO)
+# Whoever runs the weights as they are, and whoever keeps copies of them; ours is compared with its
+# like, and frozen with all.
+_AS_THEY_ARE = (BASELINE, EAGER, COMPILED, TORCH_ENCODER)
+_PEERS = (*_AS_THEY_ARE, FREEZING, ORT, OPENVINO)
 
 
-def _ours(results: Results, ops: Iterable[str]) -> list[Measurement]:
+def _ours(results: Results, ops: Iterable[str], provider: str = OURS) -> list[Measurement]:
     """Of all models but the tiny one, which is there for the tests of this suite."""
     return [
         m
         for m in results.measurements
-        if m.provider == OURS and m.op in ops and m.params.get("model") != "tiny"
+        if m.provider == provider and m.op in ops and m.params.get("model") != "tiny"
     ]
 
 
@@ -150,15 +155,17 @@ def _over_sdpa(ops: Iterable[str], weigh: Callable[[Measurement], float] = lambd
     return value
 
 
-def _over_best_peer(ops: Iterable[str]):
+def _over_best_peer(
+    ops: Iterable[str], provider: str = OURS, among: tuple[str, ...] = _PEERS
+) -> Callable[[Results], float | None]:
     """The smallest ratio to the fastest peer of each workload; peers that were not there do not
     count, but one besides sdpa must be."""
 
     def value(results: Results) -> float | None:
         ratios = []
-        for m in _ours(results, ops):
-            peers = [p for name in _PEERS if (p := _theirs(results, m, name)) is not None]
-            if len(peers) > 1:
+        for m in _ours(results, ops, provider):
+            peers = [p for name in among if (p := _theirs(results, m, name)) is not None]
+            if len(peers) > 1 or (peers and BASELINE not in among):
                 ratios.append(min(m.speedup_over(p) for p in peers))
         return _worst(ratios)
 
@@ -173,8 +180,16 @@ def _fill(m: Measurement) -> float:
 _CPU = (
     Target("cpu", "dense batches", "slowest against sdpa", _over_sdpa(_DENSE_OPS), 1.0, 1.0),
     Target(
-        "cpu", "dense batches", "slowest against the best peer", _over_best_peer(_DENSE_OPS),
-        None, 1.0,
+        "cpu", "dense batches", "slowest against the best peer that freezes nothing",
+        _over_best_peer(_DENSE_OPS, among=_AS_THEY_ARE), None, 1.0,
+    ),
+    Target(
+        "cpu", "dense batches, frozen", "slowest against ONNX Runtime",
+        _over_best_peer(_DENSE_OPS, OWN_FROZEN, (ORT,)), 1.0, None,
+    ),
+    Target(
+        "cpu", "dense batches, frozen", "slowest against the best peer",
+        _over_best_peer(_DENSE_OPS, OWN_FROZEN), None, 1.0,
     ),
     Target(
         "cpu", "latency, MiniLM, B1 S32", "against sdpa",
@@ -187,6 +202,10 @@ _CPU = (
     Target(
         "cpu", "ragged batches, half full", "slowest against the best peer",
         _over_best_peer(("ragged",)), 1.0, 1.8,
+    ),
+    Target(
+        "cpu", "ragged batches, half full, frozen", "slowest against the best peer",
+        _over_best_peer(("ragged",), OWN_FROZEN), 1.0, 1.8,
     ),
     Target(
         "cpu", "training step, MLM, half full", "against sdpa",

@@ -213,15 +213,22 @@ class CudaGraphs:
         """What there are graphs for, the one used last at the end."""
         return list(self._captured)
 
-    def __call__(self, rows: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
-        """`fastbert.encoder.encode_layers`, whose arguments these are."""
+    def __call__(
+        self,
+        rows: Tensor,
+        batch: PackedBatch | PaddedBatch,
+        layers: Layers,
+        otherwise: Callable[..., Tensor] = encode_layers,
+    ) -> Tensor:
+        """`fastbert.encoder.encode_layers`, whose arguments these are; ``otherwise`` does the same
+        and runs where there is no graph."""
         if self._takes(rows, batch, layers):
             with self._lock:
                 captured = self._of(rows, batch, layers)
                 if captured is not None:
                     with self._recorder.turn():
                         return captured(rows, batch)
-        return encode_layers(rows, batch, layers)
+        return otherwise(rows, batch, layers)
 
     def forget(self) -> None:
         """Give up all graphs and their memory. They are captured again when they are needed."""

@@ -15,6 +15,7 @@ RANKS = {
     "fastbert/ops": 2,
     "fastbert/testing.py": 2,
     "fastbert/encoder.py": 3,
+    "fastbert/frozen.py": 3,
     "fastbert/graphs.py": 3,
     "fastbert/families": 4,
     "fastbert/models.py": 5,
@@ -24,6 +25,7 @@ RANKS = {
     "benchmarks": 7,
     "fastbert/workbench": 8,
     "fastbert/cli": 9,
+    "fastbert/__main__.py": 9,
 }
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are sub-packages of fastbert
 

@@ -32,6 +32,7 @@ def command(
         device=where,
         dtype=resolve_dtype(dtype, where),
         allow_pickle=allow_pickle,
+        frozen=True,
     )
     tokenizer = load_tokenizer(model)
     mask = tokenizer.mask_token

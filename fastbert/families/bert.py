@@ -332,8 +332,11 @@ class BertModel(DropIn, hf.BertModel):
         watching = want_hidden or want_attentions
         layers = None if watching else plan_of(self, found, _layer_weights)
         if layers is not None:
-            run = encode_layers if self.graphs is None else self.graphs
-            rows = run(rows, batch, layers)
+            run = self.frozen or encode_layers
+            if self.graphs is None:
+                rows = run(rows, batch, layers)
+            else:
+                rows = self.graphs(rows, batch, layers, run)
         else:
             # transformers' recorders would see packed rows; the call records what is wanted itself.
             token = _active_collector.set({})

@@ -10,6 +10,7 @@ from transformers import BertConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ..frozen import Frozen
 from ..graphs import CudaGraphs
 from .borrowed import class_for
 from .in_flight import calling
@@ -90,11 +91,13 @@ class DropIn:
         skip_logits: whether training with labels computes the logits of labelled tokens only and
             returns None in their place.
         graphs: what runs the layers in inference by CUDA graphs, or None.
+        frozen: what runs them from copies of their weights, or None.
     """
 
     padding = "zeros"
     skip_logits = False
     graphs: CudaGraphs | None = None
+    frozen: Frozen | None = None
     _can_skip_logits = False  # whether there are logits over the vocabulary
 
     def __init__(
@@ -104,12 +107,19 @@ class DropIn:
         padding: str = "zeros",
         skip_logits: bool = False,
         cuda_graphs: bool = False,
+        frozen: bool = False,
         **kwargs,
     ):
         check_config(config)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
-        set_options(self, padding=padding, skip_logits=skip_logits, cuda_graphs=cuda_graphs)
+        set_options(
+            self,
+            padding=padding,
+            skip_logits=skip_logits,
+            cuda_graphs=cuda_graphs,
+            frozen=frozen,
+        )
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -126,7 +136,7 @@ class DropIn:
 
         A pickle can run code when it is opened, so asking for it is left to the caller. Beside
         transformers' arguments it takes the options of `fastbert.accelerate`: ``padding``,
-        ``skip_logits`` and ``cuda_graphs``.
+        ``skip_logits``, ``cuda_graphs`` and ``frozen``.
         """
         _check_type(cls, pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
@@ -134,7 +144,7 @@ class DropIn:
 
 
 def set_options(
-    model: nn.Module, *, padding: str, skip_logits: bool, cuda_graphs: bool
+    model: nn.Module, *, padding: str, skip_logits: bool, cuda_graphs: bool, frozen: bool
 ) -> list[DropIn]:
     """Set what drop-in models inside ``model``, itself included, do otherwise than by default.
 
@@ -167,6 +177,10 @@ def set_options(
         for module in inside:
             module.graphs = CudaGraphs()
         changed += inside
+    if frozen:
+        for module in inside:
+            module.frozen = Frozen()
+        changed += inside
     return changed
 
 
@@ -175,7 +189,7 @@ def clear_options(modules: list[DropIn]) -> None:
     for module in modules:
         if module.graphs is not None:
             module.graphs.forget()
-        for name in ("padding", "skip_logits", "graphs"):
+        for name in ("padding", "skip_logits", "graphs", "frozen"):
             module.__dict__.pop(name, None)
 
 

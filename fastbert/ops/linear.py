@@ -9,12 +9,11 @@ not on its home hardware.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
 from .backend import resolve, watched
 from .dropout import check_dropout
 from .gradient import trains_on_kernels, wants_gradient
@@ -32,11 +31,13 @@ __all__ = [
     "linear_add_norm",
     "linear_gelu",
     "linear_stacked",
+    "plain_fp32",
     "route",
+    "rows_on_onednn",
 ]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-_ONEDNN_EPILOGUE = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", "")}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -190,7 +191,7 @@ def linear_add_norm(
                 f"linear_add_norm: expected a residual {(*x.shape[:-1], weight.shape[0])}, "
                 f"got {tuple(residual.shape)}"
             )
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        total = onednn.product_add(x, weight, bias, residual)
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     kernel = _adds_in_norm(x)
     return layer_norm(
@@ -300,21 +301,11 @@ def route(rows: Tensor, weight: Tensor) -> str:
     return linear_route(m=m, n=n, k=k, dtype=rows.dtype, arch=device_arch(rows.device))
 
 
-@cache
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    attr, algorithm = _ONEDNN_EPILOGUE[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
-
-
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias, None)
+        return onednn.product(x, weight, bias, None)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -330,22 +321,26 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's fp32 product takes these: plain tensors on a CPU, nothing being traced."""
-    plain = (Tensor, torch.nn.Parameter)
+    return plain_fp32(weight) and rows_on_onednn(x)
+
+
+def rows_on_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's product takes these rows: nobody traces or watches, autocast is off."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and type(x) in plain
-        and type(weight) in plain
+        and plain_fp32(x)
         and x.dim() >= 2
         and x.numel() > 0
-        and torch._C._get_mkldnn_enabled()
+        and onednn.available()
         and not torch.is_autocast_enabled("cpu")
-        and _has_onednn_linear()
         and resolve(x.device) == "torch"
         and not watched()
     )
+
+
+def plain_fp32(t: Tensor) -> bool:
+    """Whether a tensor is nobody's subclass, in fp32 on a CPU."""
+    return t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN
 
 
 def _linear_in_torch(
@@ -353,7 +348,7 @@ def _linear_in_torch(
 ) -> Tensor:
     if not _on_onednn(x, weight):
         return linear_ref(x, weight, bias, activation=activation)
-    if not wants_gradient(x, weight, bias) and activation in _ONEDNN_EPILOGUE:
-        return _onednn(x, weight, bias, activation)
+    if not wants_gradient(x, weight, bias) and activation in onednn.EPILOGUES:
+        return onednn.product(x, weight, bias, activation)
     out = _OneDnnLinear.apply(x, weight, bias)
     return out if activation is None else bias_activation_ref(out, None, activation)

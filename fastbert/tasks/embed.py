@@ -131,7 +131,7 @@ class Embedder:
                 mean pooling there.
             device, dtype: where and as what the encoder runs; what follows it runs in fp32.
             allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
-            accelerated: run `fastbert.accelerate` on the model.
+            accelerated: run `fastbert.accelerate` on the model, with frozen weights.
             options: of the constructor.
 
         Raises:
@@ -146,7 +146,7 @@ class Embedder:
         first.register_forward_hook(_for_what_follows)
         if accelerated:
             try:
-                fastbert.accelerate(model)
+                fastbert.accelerate(model, frozen=True)
             except (NotImplementedError, ValueError) as error:
                 raise LoadError(f"cannot accelerate {str(source)!r}: {error}") from error
         return cls(model, **options)

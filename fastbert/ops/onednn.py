@@ -1,0 +1,84 @@
+"""oneDNN's fp32 products on a CPU, behind private operators of torch that only this module knows.
+
+They are what Inductor emits: a product whose epilogue takes the bias, an activation or a residual,
+and a layout of the weight that spares reordering it in every call. Measured on two AMD EPYC cores:
+with the weight as it is, 1.1 to 1.7 times the speed of torch's own route, which is BLAS.
+
+What a version of torch does not have, or computes otherwise than it should, is found out by trying,
+once; `available` is False then, and callers take ``torch.nn.functional.linear``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["EPILOGUES", "available", "packed", "product", "product_add"]
+
+# Activation -> what the operator calls it: ``attr`` and ``algorithm``.
+EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", "")}
+
+_known: dict[str, bool] = {}  # a dict, because torch.compile cannot see into lru_cache
+
+
+def available() -> bool:
+    """Whether the operators are there, give the right numbers, and oneDNN is switched on."""
+    if not torch._C._get_mkldnn_enabled():  # torch.backends.mkldnn.flags changes it
+        return False
+    if "works" not in _known:
+        _known["works"] = torch.backends.mkldnn.is_available() and _works()
+    return _known["works"]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """``activation(x @ weight.T + bias)``.
+
+    Args:
+        x: ``[..., in]``, fp32.
+        weight: ``[out, in]``, as it is or as `packed` has made it.
+        bias: ``[out]`` or None.
+        activation: one of `EPILOGUES`.
+
+    Returns:
+        ``[..., out]``.
+    """
+    attr, algorithm = EPILOGUES[activation]
+    # By overload: finding it by the arguments takes as long as a small product.
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attr, [], algorithm)
+
+
+def product_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``x @ weight.T + bias + residual`` with a residual ``[..., out]``."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
+def packed(weight: Tensor, rows: int = 128) -> Tensor:
+    """A copy of ``weight [out, in]`` in the layout that oneDNN multiplies ``rows`` rows with.
+
+    It takes any number of rows, and is opaque: nothing but `product` and `product_add` reads it.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().contiguous(), rows)
+
+
+def _works() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(*shape, generator=generator) for shape in ((5, 32), (16, 32), (16,), (5, 16))
+    )
+    total = F.linear(x, weight, bias)
+    expected = (total, F.gelu(total), F.relu(total), total + residual)
+    try:
+        with torch.inference_mode():
+            actual = [
+                (*(product(x, w, bias, activation) for activation in EPILOGUES),
+                 product_add(x, w, bias, residual))
+                for w in (weight, packed(weight))
+            ]  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(
+        torch.allclose(a, b, atol=1e-5)
+        for found in actual
+        for a, b in zip(found, expected, strict=True)
+    )
