@@ -107,5 +107,5 @@ def test_threads_and_order_do_not_change_embeddings(minilm_folder):
     whole = embedder.embed(texts)
     backwards = embedder.embed(texts[::-1], batch_tokens=64)[::-1]
     assert np.abs(whole - backwards).max() < TOLERANCE
-    streamed = np.concatenate([v for _, v in embedder.stream(iter(texts), window=7)])
+    streamed = np.concatenate(list(embedder.stream(iter(texts), window=7)))
     assert np.abs(whole - streamed).max() < TOLERANCE
