@@ -117,7 +117,7 @@ class Frozen:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._made: tuple[Layers, list, list[_Layer]] | None = None
+        self._made: tuple[Layers, list, list[_Layer] | None] | None = None
 
     def __reduce__(self):
         return Frozen, ()
@@ -138,10 +138,8 @@ class Frozen:
     @property
     def nbytes(self) -> int:
         """Memory of the copies."""
-        made = self._made
-        if made is None:
-            return 0
-        return sum(4 * t.weight.numel() for x in made[2] for t in x if isinstance(t, _Product))
+        copies = self._made[2] if self._made else None
+        return sum(4 * t.weight.numel() for x in copies or () for t in x if isinstance(t, _Product))
 
     def forget(self) -> None:
         """Give up the copies and their memory. They are made again when they are needed."""
@@ -151,20 +149,26 @@ class Frozen:
     def _copies(self, layers: Layers) -> list[_Layer] | None:
         """The copies, made now if they are of other weights; None if there can be none."""
         stamp = _stamp(layers.tensors)
-        made = self._made
-        if made is not None and made[0] is layers and made[1] == stamp:
-            return made[2]
-        if stamp is None or not all(map(plain_fp32, layers.tensors)):
+        if stamp is None:
             return None
-        with self._lock:
-            if made is not None:
-                _log.info("fastbert copies frozen weights again, since some have changed")
-            made = self._made = None  # not both in memory
+        made = self._made
+        if made is None or made[:2] != (layers, stamp):
+            with self._lock:  # somebody else may have made them meanwhile
+                made = self._made
+                if made is None or made[:2] != (layers, stamp):
+                    made = self._make(layers, stamp)
+        return made[2]
+
+    def _make(self, layers: Layers, stamp: list) -> tuple[Layers, list, list[_Layer] | None]:
+        if self._made is not None:
+            _log.info("fastbert copies frozen weights again, since some have changed")
+        self._made = copies = None  # not both in memory
+        if all(map(plain_fp32, layers.tensors)):
             # Outside of inference mode, whose tensors a call with gradients could not read.
             with torch.inference_mode(False), torch.no_grad():
                 copies = [_Layer.of(weights) for weights in layers.each]
-            self._made = layers, stamp, copies
-        return copies
+        self._made = layers, stamp, copies
+        return self._made
 
 
 def _stamp(tensors: list[Tensor]) -> list | None:

@@ -21,7 +21,8 @@ from fastbert.tasks.errors import InputError, LoadError, TaskError
 from fastbert.tasks.reading import TextFile
 
 pytest.importorskip("sentence_transformers")
-pytestmark = pytest.mark.usefixtures("on_torch")
+# Importing sentence-transformers takes seconds; the readers are tested without it.
+pytestmark = [pytest.mark.usefixtures("on_torch"), pytest.mark.slow]
 CPU = torch.device("cpu")
 TEXTS = ["paris is a city", "rome", "madrid is the capital of spain and a city"]
 
@@ -396,7 +397,6 @@ for name in names:
 """
 
 
-@pytest.mark.slow
 def test_a_folder_or_name_means_what_sentence_transformers_says(minilm_folder, tmp_path):
     """Changed copies of a real folder, by path and as a hub name in an offline cache."""
     names = []
@@ -435,7 +435,6 @@ def test_a_folder_or_name_means_what_sentence_transformers_says(minilm_folder, t
     assert all(value != "False" and float(value) < 1e-5 for value in found.values()), found
 
 
-@pytest.mark.slow
 def test_dense_and_dropout_after_the_pooling(tiny_folder, tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense

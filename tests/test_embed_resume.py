@@ -17,7 +17,7 @@ from fastbert.tasks.reading import TextFile
 from fastbert.tasks.writing import VectorFile
 
 pytest.importorskip("sentence_transformers")
-pytestmark = pytest.mark.usefixtures("on_torch")
+pytestmark = [pytest.mark.usefixtures("on_torch"), pytest.mark.slow]
 ROWS, WINDOW = 60, 10
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 
@@ -40,7 +40,6 @@ def encoded(log):
     return sum(int(number) for what, number in moments_of(log) if what == "encode")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_ended_at_any_moment_and_resumed(kind, texts, tiny_folder, tmp_path):
     """At every moment of a window and of the end of a run: the next run ends as the first would
@@ -68,7 +67,6 @@ def test_ended_at_any_moment_and_resumed(kind, texts, tiny_folder, tmp_path):
         assert encoded(log) <= ROWS + 2 + WINDOW, (number, at)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("end", CODES)
 def test_without_resume_nothing_is_left_or_used(end, texts, tiny_folder, tmp_path):
     base = ["embed", texts, "--model", tiny_folder, "--batch-tokens", 40, "-o"]

@@ -227,6 +227,7 @@ print(sum(1 for _ in TextFile(sys.argv[1]).rows()), peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_large_group_of_parquet_is_not_held(tmp_path):
     """One group of 80 MB, which pyarrow would read at once."""
@@ -339,6 +340,7 @@ def test_a_scan_counts_lists_and_recognises(tmp_path):
     assert TextFile(path).stamp != scan.stamp
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_file(tmp_path):
     """Ten times the rows, the same memory, in every format."""
 
