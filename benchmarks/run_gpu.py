@@ -144,7 +144,13 @@ def run_step(step: Step, seconds: float) -> tuple[list[int | None], str]:
         ]
         running = [
             subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_interruptible,
             )
             for command, log in zip(step.commands, logs, strict=True)
         ]
@@ -156,6 +162,11 @@ def run_step(step: Step, seconds: float) -> tuple[list[int | None], str]:
         for log in logs:
             log.seek(0)
         return codes, "".join(log.read() for log in logs)
+
+
+def _interruptible() -> None:
+    """What a shell starts in the background ignores interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -5,6 +5,7 @@ The steps here are small programs that pass, fail, hang, ignore interrupts or lo
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -48,7 +49,9 @@ def patient(monkeypatch, tmp_path):
     seen = []
 
     def wait(process, seconds):
+        end = time.monotonic() + 120  # a fault may not hang
         while process.poll() is None:
+            assert time.monotonic() < end, "neither ended nor made its file"
             if (tmp_path / str(len(seen) + 1)).exists():
                 seen.append(process)
                 return None
@@ -69,7 +72,11 @@ def test_processes_of_a_step_run_beside_each_other_and_all_they_say_is_kept():
 @pytest.mark.parametrize("text, said", [(DEAF, "not now"), (KEEPS, "kept what there was")])
 def test_a_step_that_hangs_is_ended_and_has_not_passed(text, said, patient):
     commands = program(text.replace("{}", str(patient))), program("print('fine')")
-    codes, output = run_step(Step("s", commands, 60), 60)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as if begun in the background
+    try:
+        codes, output = run_step(Step("s", commands, 60), 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert codes == [None, 0] and said in output and "fine" in output
     assert run_gpu.verdict_of(codes) == "unfinished"
 
