@@ -35,8 +35,8 @@ _VERSION = attrgetter("_version")
 def bucket_of(rows: int) -> int:
     """How many rows the products of a batch are given.
 
-    oneDNN prepares itself for every new number, for as long as a product of 64 rows takes. A ladder
-    of them makes that rare; the rows that are added cost less.
+    oneDNN makes a primitive for every new number: 0.2 to 0.7 ms each on an EPYC, four in a model. A
+    ladder makes new ones rare, 24 of them up to 512 rows, and adds seven rows or a quarter at most.
     """
     step = 8 if rows <= 64 else 16 if rows <= 256 else 64 if rows <= 2048 else 256
     return -(-rows // step) * step
