@@ -63,7 +63,8 @@ def _main(arguments: list, window: int, number: int | None, log: Path, at: int |
     texts_of = lambda self, features: len(features["input_ids"])  # noqa: E731
     Embedder.encode = counted("encode", Embedder.encode, texts_of)
     writing.os.fsync = counted("to disk", os.fsync)
-    writing.Path.replace = counted("in place", Path.replace)
+    replace, placed = counted("in place", Path.replace), counted("placed", lambda: None)
+    writing.Path.replace = lambda *paths: (replace(*paths), placed())[0]
     sys.argv = ["fastbert", *map(str, arguments)]
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     sys.stdout = sys.stderr

@@ -50,7 +50,7 @@ def test_ended_at_any_moment_and_resumed(kind, texts, tiny_folder, tmp_path):
     expected, moments = whole.read_bytes(), moments_of(log)
     assert encoded(log) == ROWS + 1  # one text finds out the size
     placed = [at for at, (what, _) in enumerate(moments) if what == "in place"]
-    third, end = range(placed[2] + 1, placed[3] + 1), range(placed[-2] + 1, len(moments))
+    third, end = range(placed[2] + 1, placed[3] + 2), range(placed[-2] + 1, placed[-1] + 1)
     assert len(third) > 3 and len(end) > (kind == "parquet")
     cases = [(signal.SIGKILL, at) for at in (0, *(third if kind == "npy" else ()), *end)]
     cases += [(number, at) for number in (signal.SIGTERM, signal.SIGINT) for at in third[::2]]
