@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastbert.benchmarks.catalogue import SUITES, workloads
+from fastbert.benchmarks.limits import Pace
 from fastbert.benchmarks.report import write_reports
 from fastbert.benchmarks.results import Measurement, NotMeasured, Results
 from fastbert.benchmarks.session import RESULTS_NAME, new_results
@@ -94,6 +95,7 @@ class _Session:
         if (workload.id, provider) not in self._entries:
             if self.results is None:
                 self.results = new_results(self.device, self.clock, front_end="pytest")
+                self.pace = Pace(self.clock, self.device)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 entries = measure(
@@ -102,6 +104,7 @@ class _Session:
                     self.device,
                     providers=self.chosen.get(workload.id, [provider]),
                     seconds=self.seconds,
+                    pace=self.pace,
                 )
             for entry in entries:
                 self._entries[workload.id, entry.provider] = entry

@@ -120,7 +120,7 @@ def measured_rows(results: Results, group: list[Measurement]) -> list[tuple[str,
                 f"{m.tokens_per_second:,.0f}",
                 "-" if not m.tflops else f"{m.tflops:.3g}",
                 "-" if m.gbs is None or m.level == "model" else f"{m.gbs:.3g}",
-                "-" if share is None else f"{100 * share:.0f} %",
+                results.beyond_limit(m) or "-" if share is None else f"{100 * share:.0f} %",
                 "-" if m.peak_memory is None else f"{m.peak_memory / 2**20:,.0f} MiB",
                 f"{m.check.error:.1e} / {m.check.budget:.1e}",
             )
@@ -140,6 +140,18 @@ def _limits_text(limits: dict[str, float]) -> str:
         what = name.removesuffix("_gbs").replace("matmul_tflops_", "matmul ")
         parts.append(f"{what} {value:g} {unit}" + (f" (data sheet {sheet:g})" if sheet else ""))
     return ", ".join(parts)
+
+
+def _disturbed_text(results: Results) -> str:
+    """Which workloads were timed while something else ran; empty if none was."""
+    names = {m.workload: m.pace for m in results.measurements if m.disturbed}
+    if not names:
+        return ""
+    listed = ", ".join(f"{name} ({pace:.2f}x)" for name, pace in names.items())
+    return (
+        "Disturbed, twice: a fixed product took longer than at its best, by the factor given, "
+        f"around these workloads; take their figures with care. {listed}."
+    )
 
 
 def _not_measured_rows(results: Results) -> list[tuple[str, ...]]:
@@ -167,6 +179,8 @@ def markdown(results: Results) -> str:
         "which all providers of a workload ran in turn; every provider was compared with fp64 "
         "before it was timed; throughput counts real tokens.",
     ]
+    if disturbed := _disturbed_text(results):
+        parts.append(disturbed)
     if results.failures:
         parts.append("## Wrong results")
         parts.append("\n".join(f"- {n.workload}: {n.reason}" for n in results.failures))
@@ -399,6 +413,8 @@ def page(results: Results) -> str:
         f"{html.escape(_commit(m))}, {html.escape(m['date'])}. Limits measured in this run: "
         f"{html.escape(_limits_text(results.limits))}.</p>",
     ]
+    if disturbed := _disturbed_text(results):
+        parts.append(f'<p class="soft">{html.escape(disturbed)}</p>')
     if results.failures:
         items = "".join(
             f"<li>{html.escape(n.workload)}: {html.escape(n.reason)}</li>" for n in results.failures

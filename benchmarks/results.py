@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "DISTURBED",
     "Change",
     "Check",
     "Measurement",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+DISTURBED = 1.15  # pace above which times were taken while something else ran
+_ABOVE_LIMIT = 1.05  # share of a limit that is no longer the noise of measuring it
 _PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "sentence-transformers")
 
 
@@ -49,6 +52,9 @@ class Check:
 @dataclass(frozen=True)
 class Measurement:
     """One provider on one workload: samples of the same rounds as its neighbours'.
+
+    ``pace`` is how many times as long as in its best moment the machine took for a fixed product,
+    before or after those rounds; None where that was not measured.
 
     Raises:
         ValueError: without a check that passed, or without samples.
@@ -69,6 +75,7 @@ class Measurement:
     bytes: float | None
     peak_memory: int | None
     how: str
+    pace: float | None = None
 
     def __post_init__(self):
         if not (isinstance(self.check, Check) and self.check.passed is True):
@@ -80,6 +87,11 @@ class Measurement:
             raise ValueError(
                 f"{self.workload}, {self.provider}: expected positive times, got {self.wall!r}"
             )
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else slowed the machine down meanwhile."""
+        return self.pace is not None and self.pace > DISTURBED
 
     @property
     def times(self) -> list[float]:
@@ -163,14 +175,31 @@ class Results:
 
     def share_of_limit(self, m: Measurement) -> float | None:
         """Least time at the limits measured in this run over the time taken: 1 is the most that
-        this machine did. Above 1 where operands stayed in a cache that the copy did not fit."""
+        this machine did. None where nothing was measured, or where `beyond_limit` says why."""
+        shares = self._shares_of_limits(m)
+        if not shares or max(shares.values()) > _ABOVE_LIMIT:
+            return None
+        return min(1.0, max(shares.values()))
+
+    def beyond_limit(self, m: Measurement) -> str | None:
+        """Why something was faster than the limit, which then is none; None if it was not.
+
+        Operands that stay in a cache are faster than a copy that does not fit it. A product that is
+        faster than the fastest one means that either of the two is wrong.
+        """
+        shares = self._shares_of_limits(m)
+        if not shares or max(shares.values()) <= _ABOVE_LIMIT:
+            return None
+        return "in cache" if max(shares, key=shares.get) == "copy" else "above the limit measured"
+
+    def _shares_of_limits(self, m: Measurement) -> dict[str, float]:
         copy, top = self.limits.get("copy_gbs"), self.limits.get(f"matmul_tflops_{m.dtype}")
         if not copy or not m.bytes:
-            return None
-        least = m.bytes / (1e9 * copy)
+            return {}
+        shares = {"copy": m.bytes / (1e9 * copy) / m.seconds}
         if m.flops and top:
-            least = max(least, m.flops / (1e12 * top))
-        return least / m.seconds
+            shares["matmul"] = m.flops / (1e12 * top) / m.seconds
+        return shares
 
     @property
     def failures(self) -> list[NotMeasured]:

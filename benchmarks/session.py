@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .catalogue import workloads
-from .limits import datasheet, measure_limits
+from .limits import Pace, datasheet, measure_limits
 from .report import write_reports
 from .results import Measurement, NotMeasured, Results, machine_facts
 from .timing import Clock, clock_for
@@ -70,6 +70,7 @@ def run_suite(
         device, clock, suite=suite, seconds=seconds, time_budget=time_budget, **settings
     )
     torch.manual_seed(0)
+    pace = Pace(clock, device)
     try:
         for i, workload in enumerate(todo):
             spent = time.monotonic() - begin
@@ -79,7 +80,9 @@ def run_suite(
             else:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of peers: prototypes, deprecated exporters
-                    entries = measure(workload, clock, device, providers=providers, seconds=seconds)
+                    entries = measure(
+                        workload, clock, device, providers=providers, seconds=seconds, pace=pace
+                    )
             for entry in entries:
                 results.add(entry)
             results.save(path)

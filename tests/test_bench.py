@@ -12,8 +12,9 @@ import statistics
 import pytest
 import torch
 from fakes import FakeClock, FakeCuda, FakeTime, workload_of
-from fastbert.benchmarks import session
+from fastbert.benchmarks import limits, session
 from fastbert.benchmarks.catalogue import SUITES, workloads
+from fastbert.benchmarks.limits import Pace, measure_limits
 from fastbert.benchmarks.report import markdown, page
 from fastbert.benchmarks.results import (
     Check,
@@ -30,6 +31,7 @@ from fastbert.benchmarks.timing import CudaClock, NoClock, Sample, WallClock, in
 from fastbert.benchmarks.workload import OURS, Unavailable, measure
 
 import fastbert
+from fastbert.ops import onednn
 
 
 @pytest.fixture
@@ -370,6 +372,69 @@ def test_the_share_of_the_limit_takes_the_scarcer_of_two(facts):
     assert results.share_of_limit(multiplying) == pytest.approx(0.8)
     assert results.share_of_limit(measured(bytes=None)) is None
     assert Results(facts).share_of_limit(copying) is None
+
+
+def test_no_share_is_above_the_limit(facts):
+    """It is in a cache, or the limit is wrong, and either is said in place of a figure."""
+    results = Results(facts, {}, {"copy_gbs": 10.0, "matmul_tflops_float32": 1.0})
+    cached = measured(times=[1e-3], flops=0.0, bytes=2e7)
+    impossible = measured(times=[1e-3], flops=2e9, bytes=1e3, workload="v")
+    for m, why in ((cached, "in cache"), (impossible, "above the limit measured")):
+        assert results.share_of_limit(m) is None and results.beyond_limit(m) == why
+        results.add(m)
+        assert f"| {why} |" in markdown(results)
+    noise = measured(times=[1e-3], flops=1.01e9, bytes=1e3)
+    assert results.share_of_limit(noise) == 1.0 and results.beyond_limit(noise) is None
+
+
+def test_the_matrix_limit_is_that_of_the_fastest_route(monkeypatch):
+    """On some CPUs the library behind ``@`` takes twice as long as the one that models use."""
+    routes = {"slow": lambda a: a, "fast": lambda a: a}
+    monkeypatch.setattr(limits, "_products", lambda b: routes)
+    seconds = {routes["slow"]: 2e-3, routes["fast"]: 1e-3}
+    found = measure_limits(FakeClock(lambda run: seconds.get(run, 1e-2)), "cpu")
+    assert found["matmul_tflops_float32"] == pytest.approx(2 * 1024**3 / 1e-3 / 1e12, rel=1e-3)
+    monkeypatch.undo()
+    a, b = torch.randn(2, 16, 16)
+    products = limits._products(b)
+    assert len(products) == 1 + onednn.available()
+    for product in products.values():
+        torch.testing.assert_close(product(a), a @ b, atol=1e-5, rtol=0)
+    assert list(limits._products(b.bfloat16())) == ["matmul"]
+
+
+# ---- a machine that others use too ----
+
+
+def test_the_pace_is_that_of_a_fixed_product_against_its_best():
+    taken = iter([2e-3] * 15 + [3e-3] * 15 + [1e-3] + [2e-3] * 14 + [2e-3] * 15)
+    pace = Pace(FakeClock(lambda run: next(taken)), "cpu")
+    assert [pace(), pace(), pace()] == [1.5, 2.0, 2.0]
+    assert Pace(FakeClock(), "cuda")() is None and Pace(NoClock(), "cpu")() is None
+
+
+@pytest.mark.parametrize(
+    ("paces", "rounds", "kept", "disturbed"),
+    [
+        ([1.0, 1.1], 1, 1.1, False),
+        ([1.0, 1.5, 1.1], 2, 1.5, True),  # the second began while it was disturbed
+        ([1.6, 1.0, 1.0], 2, 1.0, False),
+        ([1.0, 1.9, 1.2], 2, 1.9, True),
+        ([None, None], 1, None, False),
+    ],
+)
+def test_what_ran_while_the_machine_was_disturbed_is_timed_again_and_marked(
+    facts, paces, rounds, kept, disturbed
+):
+    asked, timed = iter(paces), []
+    clock = FakeClock(lambda run: timed.append(run) or 1e-3 * (1 + len(timed) // 6))
+    (entry,) = measure(
+        workload_of({OURS: lambda x: x * 2}), clock, "cpu", seconds=0.0, pace=lambda: next(asked)
+    )
+    assert len(timed) == 5 * rounds
+    assert (entry.pace, entry.disturbed) == (kept, disturbed)
+    report = markdown(Results(facts, measurements=[entry]))
+    assert ("Disturbed" in report) == disturbed
 
 
 def test_reports_show_every_measurement_and_what_is_missing(facts):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fastbert.kernels._cards import LIMITS
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -20,10 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 JOBS = [
-    (kernels, archs, dtype)
-    for kernels in ("attention_bwd", "attention", "all others")
-    for archs in ((80, 89), (90,))
-    for dtype in ("bfloat16", "float32")
+    ("attention_bwd", (80, 89), "bfloat16"),
+    ("attention_bwd", (90,), "bfloat16"),
+    ("attention_bwd", (80, 89, 90), "float32"),
+    ("attention", (80, 89), "bfloat16"),
+    ("attention", (90,), "bfloat16"),
+    ("attention", (80, 89, 90), "float32"),
+    ("all others", (80, 89, 90), "bfloat16"),
+    ("all others", (80, 89, 90), "float32"),
 ]
 
 
@@ -43,12 +49,15 @@ from fastbert.workbench.inspection import inspect_variant
 kernels, archs, dtype = json.loads(sys.argv[1])
 large = ("attention", "attention_bwd")
 roomy = set()  # what the compiler was given where it needed few registers
+seen = set()
 for name in [kernels] if kernels in large else [k for k in KERNELS if k not in large]:
     for arch in archs:
         for v in variants(name, arch, dtypes=(getattr(torch, dtype),)):
             given = (v.kernel.fn.__name__, repr(sorted(v.signature.items())),
                      repr(sorted(v.constants.items())), v.num_warps, v.num_stages)
-            if given not in roomy:
+            first = (arch, v.kernel.fn.__name__) not in seen
+            seen.add((arch, v.kernel.fn.__name__))
+            if first or given not in roomy or (arch == 90 and v.has_dot):
                 found = inspect_variant(v).resources()
                 print(json.dumps(found))
                 if found["registers"] <= 160:
@@ -62,8 +71,10 @@ for name in [kernels] if kernels in large else [k for k in KERNELS if k not in l
 def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernels, archs, dtype):
     """No stack, no serialised wgmma, shared memory within limits, matrix units for products.
 
-    What sm_89 is given like sm_80 is not compiled again where it took at most 160 registers: of 397
-    such tiles 242 took other registers on sm_89, at most 51 more.
+    What a later architecture is given like sm_80 is not compiled again where it took at most 160
+    registers, but for the first tile of each kernel and for 16-bit products, which take wgmma on
+    sm_90. Of 397 such tiles 242 took other registers on sm_89, at most 51 more; of 270 on sm_90
+    165, at most 28 more, and as much shared memory.
     """
     result = run_without_interpreter("-c", PROGRAM, json.dumps((kernels, archs, dtype)))
     assert result.returncode == 0, result.stderr[-2000:]
@@ -74,8 +85,6 @@ def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units(kernels,
         assert row["registers"] > 0 and row["programs_per_sm"] > 0, row["name"]
         assert row["spill_stores"] == row["spill_loads"] == 0, row["name"]
         if " sm_80 " in row["name"]:
-            from fastbert.kernels._cards import LIMITS
-
             roomy = row["registers"] <= 160
             assert not roomy or row["shared"] <= LIMITS[89].shared_per_program, row["name"]
 
