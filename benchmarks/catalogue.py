@@ -12,6 +12,7 @@ import torch
 from .encoders import (
     BASELINE,
     COMPILED,
+    CTRANSLATE2,
     EAGER,
     FREEZING,
     INFERENCE,
@@ -33,7 +34,9 @@ SUITES = ("smoke", "quick", "targets", "kernels", "models")
 _RAGGED = tuple(name for name in LENGTHS if name != "fixed")
 _NO_COMPILE = (OURS, BASELINE, EAGER)
 # where a call takes seconds
-_PEERS = (OURS, OWN_FROZEN, BASELINE, COMPILED, FREEZING, TORCH_ENCODER, ORT, OPENVINO)
+_PEERS = (
+    OURS, OWN_FROZEN, BASELINE, COMPILED, FREEZING, TORCH_ENCODER, ORT, OPENVINO, CTRANSLATE2,
+)  # fmt: skip
 
 
 def workloads(device: str, suite: str | None = None) -> list[Workload]:

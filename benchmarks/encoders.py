@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from .shapes import MODELS
 from .workload import OURS, Unavailable
 
 __all__ = [
-    "BASELINE", "COMPILED", "EAGER", "FREEZING", "INFERENCE", "OPENVINO", "ORT", "OWN_FROZEN",
-    "OWN_GRAPHS", "OWN_PADDED", "TORCH_ENCODER",
+    "BASELINE", "COMPILED", "CTRANSLATE2", "EAGER", "FREEZING", "INFERENCE", "OPENVINO", "ORT",
+    "OWN_FROZEN", "OWN_GRAPHS", "OWN_PADDED", "TORCH_ENCODER",
     "Encoders", "config_of", "encoders_of", "providers_of",
 ]  # fmt: skip
 
@@ -38,10 +39,10 @@ OWN_PADDED, OWN_GRAPHS = "fastbert, padded", "fastbert, CUDA graphs"
 OWN_FROZEN = "fastbert, frozen"
 # What lives on the promise that weights stay: peers of ours frozen.
 FREEZING = "torch.compile, freezing"
-ORT, OPENVINO = "ONNX Runtime", "OpenVINO"
+ORT, OPENVINO, CTRANSLATE2 = "ONNX Runtime", "OpenVINO", "CTranslate2"
 INFERENCE = (
     OURS, OWN_FROZEN, OWN_GRAPHS, BASELINE, EAGER, COMPILED, FREEZING, TORCH_ENCODER, OWN_PADDED,
-    ORT, OPENVINO,
+    ORT, OPENVINO, CTRANSLATE2,
 )  # fmt: skip
 Inputs = dict[str, Tensor]
 
@@ -173,6 +174,25 @@ class Encoders:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         return openvino.Core().compile_model(self.get("onnx"), "CPU", settings)
+
+    def _make_ctranslate2(self):
+        """Its converter reads a folder with a pooler and a tokenizer, neither of which is used."""
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+
+        config = config_of(self.size)
+        config.position_embedding_type = "absolute"  # which transformers no longer says
+        model = transformers.BertModel(config)
+        model.load_state_dict(self.state, strict=False)
+        with tempfile.TemporaryDirectory(prefix="fastbert-ct2-") as folder:
+            words, plain, converted = (Path(folder) / name for name in ("words", "hf", "ct2"))
+            words.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]")
+            transformers.BertTokenizer(vocab=str(words)).save_pretrained(plain)
+            model.save_pretrained(plain)
+            TransformersConverter(str(plain)).convert(str(converted))
+            return ctranslate2.Encoder(
+                str(converted), compute_type="float32", intra_threads=torch.get_num_threads()
+            )
 
 
 @lru_cache(maxsize=1)
@@ -309,6 +329,18 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
         compiled = encoders.get("openvino")
         return lambda feed: compiled(feed)[0]
 
+    def of_ctranslate2():
+        import ctranslate2
+
+        encoder, view = encoders.get("ctranslate2"), ctranslate2.StorageView.from_array
+
+        def run(feed):
+            ids, lengths = feed["input_ids"], feed["attention_mask"].sum(1)
+            result = encoder.forward_batch(view(ids.astype("int32")), view(lengths.astype("int32")))
+            return numpy.asarray(result.last_hidden_state)
+
+        return run
+
     return {
         OURS: of_model("fastbert"),
         OWN_FROZEN: of_frozen,
@@ -321,4 +353,5 @@ def providers_of(encoders: Encoders) -> dict[str, Callable[[], Callable[[Inputs]
         TORCH_ENCODER: of_torch_encoder,
         ORT: on_cpu("onnxruntime", of_onnxruntime),
         OPENVINO: on_cpu("openvino", of_openvino),
+        CTRANSLATE2: on_cpu("ctranslate2", of_ctranslate2),
     }

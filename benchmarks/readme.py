@@ -13,6 +13,7 @@ from pathlib import Path
 from .encoders import (
     BASELINE,
     COMPILED,
+    CTRANSLATE2,
     EAGER,
     FREEZING,
     OPENVINO,
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 _PEERS = {
-    "cpu": (OWN_FROZEN, COMPILED, FREEZING, ORT, OPENVINO, TORCH_ENCODER),
+    "cpu": (OWN_FROZEN, COMPILED, FREEZING, ORT, OPENVINO, CTRANSLATE2, TORCH_ENCODER),
     "cuda": (OWN_GRAPHS, EAGER, COMPILED, TORCH_ENCODER),
 }
 _NOT_MEASURED = {

@@ -58,7 +58,7 @@ def _seconds_text(seconds: float) -> str:
 def _where(machine: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {machine[name]}"
-        for name in ("torch", "triton", "transformers", "onnxruntime", "openvino")
+        for name in ("torch", "triton", "transformers", "onnxruntime", "openvino", "ctranslate2")
         if machine.get(name)
     )
     name = machine["device"]

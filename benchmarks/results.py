@@ -36,7 +36,10 @@ __all__ = [
 SCHEMA = 1
 DISTURBED = 1.15  # pace above which times were taken while something else ran
 _ABOVE_LIMIT = 1.05  # share of a limit that is no longer the noise of measuring it
-_PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "sentence-transformers")
+_PACKAGES = (
+    "torch", "triton", "transformers", "onnxruntime", "openvino", "ctranslate2",
+    "sentence-transformers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .encoders import (
     BASELINE,
     COMPILED,
+    CTRANSLATE2,
     EAGER,
     FREEZING,
     OPENVINO,
@@ -128,7 +129,7 @@ _DENSE_OPS = ("latency", "throughput")
 # Whoever runs the weights as they are, and whoever keeps copies of them; ours is compared with its
 # like, and frozen with all.
 _AS_THEY_ARE = (BASELINE, EAGER, COMPILED, TORCH_ENCODER)
-_PEERS = (*_AS_THEY_ARE, FREEZING, ORT, OPENVINO)
+_PEERS = (*_AS_THEY_ARE, FREEZING, ORT, OPENVINO, CTRANSLATE2)
 
 
 def _ours(results: Results, ops: Iterable[str], provider: str = OURS) -> list[Measurement]:

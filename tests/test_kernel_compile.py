@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from fastbert.kernels._cards import LIMITS
 
 pytestmark = [
