@@ -24,7 +24,7 @@ from .encoders import (
 )
 from .kernel_workloads import EAGER as TORCH_EAGER
 from .kernel_workloads import FLASH_ATTN, SDPA, VARLEN, kernel
-from .model_workloads import encode_texts, inference, training_step
+from .model_workloads import encode_texts, every_length, inference, training_step
 from .shapes import LENGTHS
 from .workload import OURS, Workload
 
@@ -37,6 +37,9 @@ _NO_COMPILE = (OURS, BASELINE, EAGER)
 _PEERS = (
     OURS, OWN_FROZEN, BASELINE, COMPILED, FREEZING, TORCH_ENCODER, ORT, OPENVINO, CTRANSLATE2,
 )  # fmt: skip
+
+# without a compilation for each length
+_ANY_LENGTH = (OURS, OWN_FROZEN, BASELINE, ORT, OPENVINO, CTRANSLATE2)
 
 
 def workloads(device: str, suite: str | None = None) -> list[Workload]:
@@ -61,6 +64,8 @@ def _smoke() -> list[Workload]:
         inference("tiny", 4, 16, **smoke),
         inference("tiny", 4, 16, lengths="uniform", providers=(*_NO_COMPILE, OWN_PADDED), **smoke),
         training_step("tiny", 2, 8, lengths="uniform", providers=_NO_COMPILE, **smoke),
+        every_length("tiny", 16, providers=_NO_COMPILE, **smoke),
+        encode_texts(16, suites=("smoke",)),
         kernel("attention", **ragged, **smoke),
         kernel("attention", direction="backward", **ragged, **smoke),
         kernel("attention, bias", B=2, S=16, H=2, D=16, bias=True, **smoke),
@@ -80,6 +85,9 @@ def _on_cpu() -> list[Workload]:
         target = {"suites": ("targets", "models"), "priority": first}
         for batch, length in ((1, 32), (1, 128)):
             found.append(inference(model, batch, length, **target))
+        if model == "minilm":
+            for order in ("random", "sorted"):
+                found.append(every_length(model, 256, order=order, providers=_ANY_LENGTH, **target))
         large = {**target, "providers": INFERENCE if model == "minilm" else _PEERS}
         found.append(inference(model, 8, 128, **large))
         found.append(inference(model, 32, 128, lengths="uniform", **large))

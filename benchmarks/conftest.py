@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import os
 import statistics
-import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from fastbert.benchmarks.catalogue import SUITES, workloads
-from fastbert.benchmarks.limits import Pace
 from fastbert.benchmarks.report import write_reports
 from fastbert.benchmarks.results import Measurement, NotMeasured, Results
-from fastbert.benchmarks.session import RESULTS_NAME, new_results
+from fastbert.benchmarks.session import RESULTS_NAME, measuring, new_results
 from fastbert.benchmarks.timing import NoClock, clock_for
-from fastbert.benchmarks.workload import Workload, measure
+from fastbert.benchmarks.workload import Workload
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -79,7 +78,8 @@ def pytest_collection_modifyitems(items):
 class _Session:
     """Measures each workload once, for the providers whose tests were selected."""
 
-    def __init__(self, config: pytest.Config, items: list[pytest.Item]):
+    def __init__(self, config: pytest.Config, items: list[pytest.Item], stack: ExitStack):
+        self.stack = stack
         self.seconds, self.folder = config.getoption("seconds"), config.getoption("results")
         self.device = _device()
         self.clock = clock_for(self.device)
@@ -95,18 +95,9 @@ class _Session:
         if (workload.id, provider) not in self._entries:
             if self.results is None:
                 self.results = new_results(self.device, self.clock, front_end="pytest")
-                self.pace = Pace(self.clock, self.device)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                entries = measure(
-                    workload,
-                    self.clock,
-                    self.device,
-                    providers=self.chosen.get(workload.id, [provider]),
-                    seconds=self.seconds,
-                    pace=self.pace,
-                )
-            for entry in entries:
+                self.measured = self.stack.enter_context(measuring(self.clock, self.device))
+            chosen = self.chosen.get(workload.id, [provider])
+            for entry in self.measured(workload, chosen, self.seconds):
                 self._entries[workload.id, entry.provider] = entry
                 self.results.add(entry)
             if self.folder is not None:
@@ -117,8 +108,9 @@ class _Session:
 
 @pytest.fixture(scope="session")
 def _bench_session(request):
-    session = _Session(request.config, request.session.items)
-    yield session
+    with ExitStack() as stack:
+        session = _Session(request.config, request.session.items, stack)
+        yield session
     if session.folder is not None and session.results is not None:
         write_reports(Results.load(session.folder / RESULTS_NAME), session.folder)
 

@@ -79,7 +79,7 @@ class Encoders:
             )  # fmt: skip
 
     def _copy(self, model: nn.Module) -> nn.Module:
-        model.load_state_dict(self.state)
+        model.load_state_dict(self.state, assign=True)  # one set of weights in memory
         return model.to(self.device, self.dtype).eval()
 
     def get(self, name: str) -> Any:

@@ -8,6 +8,8 @@ compares the loss and two gradients. Throughput counts real tokens.
 from __future__ import annotations
 
 import importlib.util
+import random
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -16,12 +18,21 @@ from torch import Tensor, nn
 
 import fastbert
 
-from .encoders import BASELINE, COMPILED, EAGER, INFERENCE, config_of, encoders_of, providers_of
+from .encoders import (
+    BASELINE,
+    COMPILED,
+    EAGER,
+    INFERENCE,
+    Encoders,
+    config_of,
+    encoders_of,
+    providers_of,
+)
 from .results import Check
 from .shapes import MODELS, draw_lengths
 from .workload import OURS, Prepared, Unavailable, Workload, WrongResult, checked_against
 
-__all__ = ["TRAINING", "encode_texts", "inference", "training_step"]
+__all__ = ["TRAINING", "encode_texts", "every_length", "inference", "training_step"]
 
 TRAINING = (OURS, BASELINE, EAGER, COMPILED)
 _INPUT_SETS = 4  # on a GPU; other ids, same lengths: shapes stay, so that nobody recompiles
@@ -32,13 +43,18 @@ def _batch(workload: Workload, device: str) -> tuple[Inputs, list[int]]:
     """Ids and mask; no mask where every sequence is full, as a caller with one text has none."""
     p = workload.params
     lengths = draw_lengths(p.get("lengths", "fixed"), p["B"], p["S"])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, MODELS[p["model"]].vocab_size, (p["B"], p["S"]), generator=generator)
-    inputs = {"input_ids": ids.to(device)}
+    inputs = {"input_ids": _ids(workload, p["B"], p["S"]).to(device)}
     if min(lengths) < p["S"]:
         mask = (torch.arange(p["S"]) < torch.tensor(lengths)[:, None]).long()
         inputs["attention_mask"] = mask.to(device)
     return inputs, lengths
+
+
+def _ids(workload: Workload, batch: int, length: int) -> Tensor:
+    """The same ones in every run."""
+    size = MODELS[workload.params["model"]].vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, size, (batch, length), generator=generator)
 
 
 def _cost(workload: Workload, lengths: list[int]):
@@ -60,27 +76,32 @@ def _setup_inference(workload: Workload, device: str) -> Prepared:
         for i in range(_INPUT_SETS if device == "cuda" else 1)
     ]
     looked_at = sorted({0, lengths.index(min(lengths)), len(lengths) - 1})
-    expected: list[tuple[Tensor, Tensor]] = []
-
-    def check(provider: str, output: Tensor) -> Check:
-        if not expected:
-            with torch.inference_mode():
-                for i in looked_at:
-                    alone = first["input_ids"][i : i + 1, : lengths[i]]
-                    exact = encoders.get("oracle")(alone).last_hidden_state[0]
-                    torchs = encoders.get("eager")(alone).last_hidden_state[0]
-                    expected.append((exact, torchs))
-        actual = torch.cat([output[i, : lengths[i]] for i in looked_at])
-        exact, torchs = map(torch.cat, zip(*expected, strict=True))
-        return checked_against(provider, [actual], [exact], [torchs])
-
+    alone = [first["input_ids"][i : i + 1, : lengths[i]] for i in looked_at]
     return Prepared(
         inputs=sets,
         providers=providers_of(encoders),
-        check=check,
+        check=_check_of(encoders, alone),
         cost=_cost(workload, lengths),
         tokens=sum(lengths),
+        shown=lambda output: [output[i, : lengths[i]].clone() for i in looked_at],
     )
+
+
+def _check_of(encoders: Encoders, alone: list[Tensor]) -> Callable[[str, list[Tensor]], Check]:
+    """Compares hidden states ``[S, E]`` with those of the sequences ``[1, S]``, one at a time."""
+    expected: list[tuple[Tensor, Tensor]] = []
+
+    def check(provider: str, actual: list[Tensor]) -> Check:
+        if not expected:
+            with torch.inference_mode():
+                for ids in alone:
+                    exact = encoders.get("oracle")(ids).last_hidden_state[0]
+                    torchs = encoders.get("eager")(ids).last_hidden_state[0]
+                    expected.append((exact, torchs))
+        exact, torchs = map(torch.cat, zip(*expected, strict=True))
+        return checked_against(provider, [torch.cat(actual)], [exact], [torchs])
+
+    return check
 
 
 def inference(
@@ -101,6 +122,55 @@ def inference(
     return Workload(
         op, "model", params, dtype, _setup_inference, providers, frozenset(suites), priority
     )
+
+
+def _setup_every_length(workload: Workload, device: str) -> Prepared:
+    encoders = encoders_of(workload.params["model"], workload.dtype, device)
+    longest = workload.params["S"]
+    lengths = list(range(1, longest + 1))
+    if workload.params["order"] == "random":
+        random.Random(0).shuffle(lengths)
+    ids = _ids(workload, 1, longest).to(device)
+    looked_at = [lengths.index(n) for n in (1, longest // 2, longest)]
+
+    def of_all(build: Callable[[], Callable[[Inputs], Tensor]]):
+        def build_all():
+            run = build()
+            return lambda calls: [run(x) for x in calls]
+
+        return build_all
+
+    return Prepared(
+        inputs=[[{"input_ids": ids[:, :n]} for n in lengths]],
+        providers={name: of_all(build) for name, build in providers_of(encoders).items()},
+        check=_check_of(encoders, [ids[:, : lengths[i]] for i in looked_at]),
+        cost=_cost(workload, lengths),
+        tokens=sum(lengths),
+        shown=lambda outputs: [outputs[i][0].clone() for i in looked_at],
+    )
+
+
+def every_length(
+    model: str,
+    longest: int,
+    *,
+    order: str = "random",
+    dtype: torch.dtype = torch.float32,
+    providers: tuple[str, ...],
+    suites: tuple[str, ...] = (),
+    priority: int = 5,
+) -> Workload:
+    """Latency where no length is like the one before: one sequence of each, one call after the
+    other. The time is that of all calls.
+
+    Args:
+        order: ``"random"`` or ``"sorted"``.
+    """
+    params = {"model": model, "B": 1, "S": longest, "order": order}
+    return Workload(
+        "latency, every length", "model", params, dtype, _setup_every_length, providers,
+        frozenset(suites), priority,
+    )  # fmt: skip
 
 
 # ---- training ----
@@ -170,8 +240,7 @@ def _setup_training(workload: Workload, device: str) -> Prepared:
 
         return build
 
-    def check(provider: str, output: tuple[nn.Module, Tensor]) -> Check:
-        model, _ = output
+    def check(provider: str, gradients: tuple[Tensor, ...]) -> Check:
         if not expected:
             for kind in (torch.float64, dtype):
                 reference = fresh(EAGER, kind)
@@ -181,7 +250,7 @@ def _setup_training(workload: Workload, device: str) -> Prepared:
                     share = (part["labels"] != -100).sum() / (inputs["labels"] != -100).sum()
                     (reference(**part).loss * share).backward()
                 expected.append(results_of(reference))
-        return checked_against(provider, results_of(model), *expected)
+        return checked_against(provider, gradients, *expected)
 
     return Prepared(
         inputs=[inputs],
@@ -189,6 +258,7 @@ def _setup_training(workload: Workload, device: str) -> Prepared:
         check=check,
         cost=_cost(workload, lengths).times(3),  # backward is twice the products of forward
         tokens=sum(lengths),
+        shown=lambda output: results_of(output[0]),
     )
 
 
@@ -214,6 +284,7 @@ def training_step(
 # ---- texts to embeddings ----
 
 _ENCODE = (OURS, "sentence-transformers")
+_COMPARED = 16  # texts; fewer rows would say little about what torch is off by
 
 
 def _setup_encode(workload: Workload, device: str) -> Prepared:
@@ -254,12 +325,12 @@ def _setup_encode(workload: Workload, device: str) -> Prepared:
                 model = load(dtype)
                 alone = [
                     model.encode(t, convert_to_tensor=True, show_progress_bar=False)
-                    for t in texts[:4]
+                    for t in texts[:_COMPARED]
                 ]
                 expected.append(torch.stack(alone))
         if output.shape[0] != len(texts):
             raise WrongResult(f"{provider}: {output.shape[0]} embeddings of {len(texts)} texts")
-        return checked_against(provider, [output[:4]], expected[:1], expected[1:])
+        return checked_against(provider, [output[:_COMPARED]], expected[:1], expected[1:])
 
     tokens = 0
     if why is None:

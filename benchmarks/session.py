@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from .apart import Apart
 from .catalogue import workloads
 from .limits import Pace, datasheet, measure_limits
 from .report import write_reports
 from .results import Measurement, NotMeasured, Results, machine_facts
-from .timing import Clock, clock_for
-from .workload import Workload, measure
+from .timing import Clock, WallClock, clock_for
+from .workload import Started, Workload, measure
 
-__all__ = ["RESULTS_NAME", "new_results", "run_suite"]
+__all__ = ["RESULTS_NAME", "measuring", "new_results", "run_suite"]
 
 RESULTS_NAME = "results.json"
 OUT_OF_TIME = "the time budget of this run was spent"
@@ -29,6 +31,30 @@ def new_results(device: str, clock: Clock, **settings: object) -> Results:
     limits = measure_limits(clock, device)
     sheet = {f"datasheet_{k}": v for k, v in datasheet(facts["device"]).items() if limits}
     return Results(machine=facts, settings={"clock": clock.how, **settings}, limits=limits | sheet)
+
+
+Measure = Callable[[Workload, Iterable[str] | None, float], list[Measurement | NotMeasured]]
+
+
+@contextmanager
+def measuring(clock: Clock, device: str) -> Iterator[Measure]:
+    """`measure` of a workload, a choice of providers and seconds, as both front ends want it.
+
+    Whole models on a CPU run in processes of their own, one for each provider.
+    """
+    pace = Pace(clock, device)
+    with Apart() as apart:
+
+        def measured(workload, providers, seconds):
+            alone = workload.level == "model" and isinstance(clock, WallClock)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of peers: prototypes, deprecated exporters
+                return measure(
+                    workload, clock, device, providers=providers, seconds=seconds, pace=pace,
+                    start=apart.start if alone else Started,
+                )  # fmt: skip
+
+        yield measured
 
 
 def run_suite(
@@ -70,23 +96,19 @@ def run_suite(
         device, clock, suite=suite, seconds=seconds, time_budget=time_budget, **settings
     )
     torch.manual_seed(0)
-    pace = Pace(clock, device)
     try:
-        for i, workload in enumerate(todo):
-            spent = time.monotonic() - begin
-            if time_budget is not None and spent > time_budget:
-                names = workload.among(providers)
-                entries = [NotMeasured(workload.id, name, OUT_OF_TIME) for name in names]
-            else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of peers: prototypes, deprecated exporters
-                    entries = measure(
-                        workload, clock, device, providers=providers, seconds=seconds, pace=pace
-                    )
-            for entry in entries:
-                results.add(entry)
-            results.save(path)
-            progress(i, len(todo), workload, entries)
+        with measuring(clock, device) as measured:
+            for i, workload in enumerate(todo):
+                spent = time.monotonic() - begin
+                if time_budget is not None and spent > time_budget:
+                    names = workload.among(providers)
+                    entries = [NotMeasured(workload.id, name, OUT_OF_TIME) for name in names]
+                else:
+                    entries = measured(workload, providers, seconds)
+                for entry in entries:
+                    results.add(entry)
+                results.save(path)
+                progress(i, len(todo), workload, entries)
     finally:
         results.settings["took_seconds"] = round(time.monotonic() - begin, 1)
         results.save(path)

@@ -126,6 +126,8 @@ def _wall_over_device(m: Measurement, _: Results) -> float | None:
 # ---- CPU ----
 
 _DENSE_OPS = ("latency", "throughput")
+_EVERY = "latency, every length"
+_LENGTHS = {"model": "minilm", "B": 1, "S": 256}
 # Whoever runs the weights as they are, and whoever keeps copies of them; ours is compared with its
 # like, and frozen with all.
 _AS_THEY_ARE = (BASELINE, EAGER, COMPILED, TORCH_ENCODER)
@@ -178,6 +180,14 @@ def _fill(m: Measurement) -> float:
     return fill_of(draw_lengths(p["lengths"], p["B"], p["S"]))
 
 
+def _random_over_sorted(results: Results) -> float | None:
+    orders = (results.find(_EVERY, OWN_FROZEN, **_LENGTHS, order=o) for o in ("random", "sorted"))
+    shuffled, in_order = orders
+    if shuffled is None or in_order is None:
+        return None
+    return in_order.seconds / shuffled.seconds
+
+
 _CPU = (
     Target("cpu", "dense batches", "slowest against sdpa", _over_sdpa(_DENSE_OPS), 1.0, 1.0),
     Target(
@@ -195,6 +205,14 @@ _CPU = (
     Target(
         "cpu", "latency, MiniLM, B1 S32", "against sdpa",
         _speedup("latency", BASELINE, model="minilm", B=1, S=32), 1.0, 1.25,
+    ),
+    Target(
+        "cpu", "latency, lengths 1 to 256 in random order, frozen", "against the best peer",
+        _over_best_peer((_EVERY,), OWN_FROZEN), 1.0, 1.0,
+    ),
+    Target(
+        "cpu", "latency, lengths 1 to 256 in random order, frozen", "against the same ones sorted",
+        _random_over_sorted, 0.9, 1.0,
     ),
     Target(
         "cpu", "ragged batches", "least of speed-up over sdpa times fill",

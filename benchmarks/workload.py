@@ -25,6 +25,7 @@ Pace = Callable[[], float | None]  # `fastbert.benchmarks.limits.Pace`
 __all__ = [
     "OURS",
     "Prepared",
+    "Started",
     "Unavailable",
     "Workload",
     "WrongResult",
@@ -52,9 +53,11 @@ class Prepared:
     Attributes:
         inputs: sets that are rotated; ``inputs[0]`` is the one that is checked.
         providers: name -> builder of the callable that is timed; builders may raise `Unavailable`.
-        check: (provider, output for ``inputs[0]``) -> `Check`; raises `WrongResult`.
+        check: (provider, what is shown of the output for ``inputs[0]``) -> `Check`; raises
+            `WrongResult`.
         cost: least work of one call; None where it makes no sense.
         tokens: real tokens of one call.
+        shown: what is compared of an output, if it is not all of it.
     """
 
     inputs: list[Any]
@@ -62,6 +65,7 @@ class Prepared:
     check: Callable[[str, Any], Check]
     cost: Cost | None
     tokens: int
+    shown: Callable[[Any], Any] = lambda output: output
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,37 @@ def checked_against(
     return Check(True, *max(compared), against="fp64")
 
 
+class Started:
+    """A provider of a workload that was built and called once, in this process.
+
+    Attributes:
+        shown: what is compared of its output for ``prepared.inputs[0]``.
+    """
+
+    def __init__(self, workload: Workload, prepared: Prepared, provider: str, device: str):
+        self._run = prepared.providers[provider]()
+        self._inputs, self._device = prepared.inputs, device
+        self.shown = prepared.shown(self._run(self._inputs[0]))
+
+    def prepare(self, clock: Clock) -> Callable[[], Sample]:
+        """Warm it up; the result times it once."""
+        return clock.prepare(self._run, self._inputs)
+
+    def peak_memory(self) -> int | None:
+        """Bytes a call needs on top of what is already allocated; None on a CPU."""
+        if self._device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._run(self._inputs[0])
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+Start = Callable[[Workload, Prepared, str, str], Started]
+
+
 def measure(
     workload: Workload,
     clock: Clock,
@@ -131,6 +166,7 @@ def measure(
     providers: Iterable[str] | None = None,
     seconds: float = 5.0,
     pace: Pace = lambda: None,
+    start: Start = Started,
 ) -> list[Measurement | NotMeasured]:
     """Check every provider of a workload, then time those that are right, in turn.
 
@@ -141,37 +177,44 @@ def measure(
         seconds: how long the timed rounds may take together.
         pace: how slow the machine is, asked before and after the timed rounds. Rounds in which it
             was disturbed are timed once more, and the calmer ones count.
+        start: how a provider is built: here, or in a process of its own (`Apart.start`).
 
     Returns:
         One entry per provider, in their order. A provider that cannot run or gives a wrong result
         is a `NotMeasured` that says why; a wrong result has ``failed`` set.
     """
     with off_the_default_stream(device):
-        found = _measure(workload, clock, device, workload.among(providers), seconds, pace)
+        found = _measure(workload, clock, device, workload.among(providers), seconds, pace, start)
     gc.collect()
     return found
 
 
 def _measure(
-    workload: Workload, clock: Clock, device: str, chosen: list[str], seconds: float, pace: Pace
+    workload: Workload,
+    clock: Clock,
+    device: str,
+    chosen: list[str],
+    seconds: float,
+    pace: Pace,
+    start: Start,
 ) -> list[Measurement | NotMeasured]:
     found: dict[str, Measurement | NotMeasured] = {}
     checks: dict[str, Check] = {}
     calls: dict[str, Callable[[], Sample]] = {}
-    runs: dict[str, Callable[[Any], Any]] = {}
+    built: dict[str, Started] = {}
     try:
         prepared = workload.setup(workload, device)
     except Exception as error:  # after a broken kernel the device may refuse everything
         return [_broken(workload, name, error, "its setup: ") for name in chosen]
     for name in chosen:
         try:
-            run = prepared.providers[name]()
-            checks[name] = prepared.check(name, run(prepared.inputs[0]))
+            one = start(workload, prepared, name, device)
+            checks[name] = prepared.check(name, one.shown)
             if isinstance(clock, NoClock):
                 found[name] = NotMeasured(workload.id, name, f"{clock.how}; its result is right")
                 continue
-            calls[name] = clock.prepare(run, prepared.inputs)
-            runs[name] = run
+            calls[name] = one.prepare(clock)
+            built[name] = one
         except Exception as error:  # a peer that breaks must not cost everybody else's numbers
             found[name] = _broken(workload, name, error)
     samples, strayed = _calm_samples(calls, seconds, pace) if calls else ({}, None)
@@ -190,7 +233,7 @@ def _measure(
             tokens=prepared.tokens,
             flops=prepared.cost.flops if prepared.cost else None,
             bytes=prepared.cost.bytes if prepared.cost else None,
-            peak_memory=_peak_memory(runs[name], prepared.inputs[0], device),
+            peak_memory=built[name].peak_memory(),
             how=clock.how,
             pace=strayed,
         )
@@ -226,15 +269,3 @@ def _broken(workload: Workload, name: str, error: Exception, where: str = "") ->
         return NotMeasured(workload.id, name, f"{where}out of memory")
     why = f"{where}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return NotMeasured(workload.id, name, why, failed=name.startswith(OURS))
-
-
-def _peak_memory(run: Callable[[Any], Any], x: Any, device: str) -> int | None:
-    """Bytes a call needs on top of what is already allocated; None on a CPU."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run(x)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -1,13 +1,15 @@
 """Clocks and providers with made-up times, for the tests of the benchmark suite."""
 
 import contextlib
+import os
 import time
 import types
 
 import torch
 from fastbert.benchmarks import timing
+from fastbert.benchmarks.results import Check
 from fastbert.benchmarks.timing import Sample
-from fastbert.benchmarks.workload import Prepared, Workload, checked_against
+from fastbert.benchmarks.workload import Prepared, Unavailable, Workload, checked_against
 
 
 class FakeClock:
@@ -21,6 +23,15 @@ class FakeClock:
     def prepare(self, run, inputs):
         self.prepared += 1
         return lambda: Sample(self.seconds(run), self.device)
+
+
+class FixedClock:
+    """A `FakeClock` that can be sent to another process."""
+
+    how = "made-up times"
+
+    def prepare(self, run, inputs):
+        return lambda: Sample(2.0)
 
 
 class FakeTime:
@@ -56,6 +67,39 @@ def workload_of(providers, name="double"):
     return Workload(
         name, "model", {"N": 64}, torch.float32, setup, tuple(providers), reference="peer"
     )
+
+
+class Peculiar(Exception):
+    """Cannot be made from its words alone."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def _setup_apart(workload, device):
+    """Which process a provider runs in, and what may happen to it there."""
+
+    def absent():
+        raise Unavailable("absent is not installed")
+
+    def peculiar():
+        raise Peculiar("this", "that")
+
+    def check(provider, process):
+        return Check(True, 0.0, float(process), "itself")
+
+    def dies(x):
+        os._exit(7)
+
+    builders = {"mine": lambda: lambda x: os.getpid(), "absent": absent, "peculiar": peculiar,
+                "dies": lambda: dies}  # fmt: skip
+    builders["other"] = builders["mine"]
+    return Prepared([None], builders, check, None, 1, shown=float)
+
+
+def workload_apart(*providers):
+    """One that can be sent to another process; the budget that is recorded is its number."""
+    return Workload("apart", "model", {}, torch.float32, _setup_apart, providers, reference="mine")
 
 
 class FakeCuda:
