@@ -67,8 +67,10 @@ def _tables(path: Path) -> str:
             continue
         base, ours = by[BASELINE], by[OURS]
         peers = [f"{by[p].speedup_over(base):.2f}x" if p in by else "-" for p in columns]
+        sizes, _, dtype = name.rpartition("/")
+        sizes += "" if dtype == results.measurements[0].dtype else f"/{dtype}"
         lines.append(
-            f"| {name.rpartition('/')[0].replace('/', ' ')}"
+            f"| {sizes.replace('/', ' ')}"
             f"{', disturbed' if ours.disturbed else ''} | {1e3 * base.seconds:.4g} ms | "
             f"{1e3 * ours.seconds:.4g} ms | **{ours.speedup_over(base):.2f}x** | "
             + " | ".join(peers)

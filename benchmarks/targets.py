@@ -135,11 +135,14 @@ _PEERS = (*_AS_THEY_ARE, FREEZING, ORT, OPENVINO, CTRANSLATE2)
 
 
 def _ours(results: Results, ops: Iterable[str], provider: str = OURS) -> list[Measurement]:
-    """Of all models but the tiny one, which is there for the tests of this suite."""
+    """In fp32, of all models but the tiny one, which is there for the tests of this suite."""
     return [
         m
         for m in results.measurements
-        if m.provider == provider and m.op in ops and m.params.get("model") != "tiny"
+        if m.provider == provider
+        and m.op in ops
+        and m.dtype == "float32"
+        and m.params.get("model") != "tiny"
     ]
 
 

@@ -108,9 +108,9 @@ def accelerate(
             batches of up to 32768 tokens: a GPU is often done with them before the host has
             launched them one by one. Each size of a ladder is captured at its first use, which
             takes a moment, and the graphs hold memory for the largest one. No effect elsewhere.
-        frozen: the promise that weights stay as they are, for inference. On a CPU in fp32 the
-            layers then run from copies of their weights in oneDNN's own layout (MiniLM 43 MB, BERT
-            base 340 MB), made at the first call. Weights that change all the same (by
+        frozen: the promise that weights stay as they are, for inference. On a CPU in fp32 and bf16
+            the layers then run from copies of their weights in oneDNN's own layout (in fp32 MiniLM
+            43 MB, BERT base 340 MB), made at the first call. Weights that change all the same (by
             ``load_state_dict``, an optimizer, in place, ``.to()``) are copied again; a change that
             torch does not count, through ``.data`` or a numpy view, needs ``handle.refresh()``.
             Training and calls with gradients run as ever. No effect elsewhere.

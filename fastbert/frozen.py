@@ -1,8 +1,8 @@
 """Layers in inference from copies of their weights, for who promises that the weights stay.
 
-This is the one place that keeps copies of weights. On a CPU in fp32 they are in the layout that
-oneDNN multiplies with, so that no call reorders them, and q, k and v are one product; elsewhere
-nothing is copied and layers run as they do.
+This is the one place that keeps copies of weights. On a CPU in fp32 and bf16 they are in the layout
+that oneDNN multiplies with, so that no call reorders them, and q, k and v are one product;
+elsewhere nothing is copied and layers run as they do.
 
 A promise may be broken: in every call the weights are compared with what was copied, by memory and
 by torch's count of changes in place, and copied again where they differ. Changes that torch does
@@ -23,7 +23,7 @@ from torch import Tensor
 from .encoder import Layers, LayerWeights, Norm, encode_layers
 from .ops import activate, onednn
 from .ops.attention_torch import varlen_in_torch
-from .ops.linear import plain_fp32, rows_on_onednn
+from .ops.linear import plain_on_cpu, rows_on_onednn
 from .packing import PackedBatch, PaddedBatch
 
 __all__ = ["Frozen", "bucket_of"]
@@ -124,8 +124,15 @@ class Frozen:
 
     def __call__(self, rows: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
         """`fastbert.encoder.encode_layers`, whose arguments these are."""
-        takes = isinstance(batch, PackedBatch) and layers.tensors and rows_on_onednn(rows)
+        takes = (
+            isinstance(batch, PackedBatch)
+            and layers.tensors
+            and rows.dtype == layers.tensors[0].dtype
+            and rows_on_onednn(rows, onednn.DTYPES)
+        )
         copies = self._copies(layers) if takes else None
+        if self._made and (rows.dtype not in onednn.DTYPES or rows.device.type != "cpu"):
+            self.forget()  # the model has moved to where there are none
         if copies is None or torch.is_grad_enabled():
             return encode_layers(rows, batch, layers)
         count = rows.shape[0]
@@ -139,7 +146,8 @@ class Frozen:
     def nbytes(self) -> int:
         """Memory of the copies."""
         copies = self._made[2] if self._made else None
-        return sum(4 * t.weight.numel() for x in copies or () for t in x if isinstance(t, _Product))
+        products = [part for x in copies or () for part in x if isinstance(part, _Product)]
+        return sum(p.weight.dtype.itemsize * p.weight.numel() for p in products)
 
     def forget(self) -> None:
         """Give up the copies and their memory. They are made again when they are needed."""
@@ -163,7 +171,8 @@ class Frozen:
         if self._made is not None:
             _log.info("fastbert copies frozen weights again, since some have changed")
         self._made = copies = None  # not both in memory
-        if all(map(plain_fp32, layers.tensors)):
+        (dtype, *others) = {t.dtype for t in layers.tensors}
+        if dtype in onednn.DTYPES and not others and all(map(plain_on_cpu, layers.tensors)):
             # Outside of inference mode, whose tensors a call with gradients could not read.
             with torch.inference_mode(False), torch.no_grad():
                 copies = [_Layer.of(weights) for weights in layers.each]

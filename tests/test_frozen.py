@@ -57,9 +57,10 @@ def of_layers(model, inputs=None):
         model.frozen = kept
 
 
+@pytest.mark.parametrize("dtype", onednn.DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "silu"])
-def test_every_batch_is_within_the_budget(activation):
-    theirs, ours = pair("BertModel", hidden_act=activation)
+def test_every_batch_is_within_the_budget(activation, dtype):
+    theirs, ours = (m.to(dtype) for m in pair("BertModel", hidden_act=activation))
     ours.frozen = Frozen()
     exact = copy.deepcopy(theirs).double()
     rows = []
@@ -70,7 +71,7 @@ def test_every_batch_is_within_the_budget(activation):
         assert not found[0][~real].any()
         rows.append([t[real] for t in found])
     assert_within_budget(*map(torch.cat, zip(*rows, strict=True)), activation)
-    assert copied(ours)
+    assert copied(ours) == onednn.available(dtype)
 
 
 def test_packed_input_and_pooler(monkeypatch):
@@ -95,8 +96,13 @@ def test_real_weights(minilm_folder):
     ours = fastbert.BertModel.from_pretrained(minilm_folder, frozen=True).eval()
     inputs = batch_of([64, 3, 17])
     real = inputs["attention_mask"].bool()
-    assert (hidden(ours, inputs) - hidden(theirs, inputs))[real].abs().max() < 1e-5
+    expected = hidden(theirs, inputs)[real]
+    assert (hidden(ours, inputs)[real] - expected).abs().max() < 1e-5
     assert 42e6 < ours.frozen.nbytes < 43e6
+    if onednn.available(torch.bfloat16):
+        halved = hidden(ours.to(torch.bfloat16), inputs)[real].float()
+        assert 21e6 < ours.frozen.nbytes < 21.5e6
+        assert torch.cosine_similarity(halved, expected).min() > 0.999
 
 
 def test_the_number_of_rows_is_rounded_up_a_little():
@@ -172,9 +178,12 @@ def test_a_change_is_said_once(caplog):
 def test_other_dtypes_run_as_they_do():
     model = frozen()
     hidden(model)
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.float16):
         model.to(dtype)
-        assert torch.equal(hidden(model), of_layers(model))
+        assert torch.equal(hidden(model), of_layers(model)) and not copied(model)
+    model.to(torch.float32).encoder.layer[1].output.dense.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own words
+        hidden(model)
     model.to(torch.float32)
     assert torch.allclose(hidden(model), of_layers(model), atol=1e-4)
 
@@ -222,7 +231,7 @@ def test_weights_made_in_inference_mode_are_not_copied():
 def test_without_the_operators_layers_run_as_they_do(monkeypatch):
     model = frozen()
     expected = hidden(model)
-    monkeypatch.setitem(onednn._known, "works", False)
+    monkeypatch.setitem(onednn._known, torch.float32, False)
     model.frozen.forget()
     assert torch.allclose(hidden(model), expected, atol=1e-4) and not copied(model)
 

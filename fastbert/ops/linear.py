@@ -31,7 +31,7 @@ __all__ = [
     "linear_add_norm",
     "linear_gelu",
     "linear_stacked",
-    "plain_fp32",
+    "plain_on_cpu",
     "route",
     "rows_on_onednn",
 ]
@@ -321,26 +321,27 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
-    return plain_fp32(weight) and rows_on_onednn(x)
+    return weight.dtype == torch.float32 and plain_on_cpu(weight) and rows_on_onednn(x)
 
 
-def rows_on_onednn(x: Tensor) -> bool:
+def rows_on_onednn(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether oneDNN's product takes these rows: nobody traces or watches, autocast is off."""
     return (
         not torch.compiler.is_compiling()
-        and plain_fp32(x)
+        and x.dtype in dtypes
+        and plain_on_cpu(x)
         and x.dim() >= 2
         and x.numel() > 0
-        and onednn.available()
+        and onednn.available(x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and resolve(x.device) == "torch"
         and not watched()
     )
 
 
-def plain_fp32(t: Tensor) -> bool:
-    """Whether a tensor is nobody's subclass, in fp32 on a CPU."""
-    return t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN
+def plain_on_cpu(t: Tensor) -> bool:
+    """Whether a tensor is nobody's subclass, on a CPU."""
+    return t.device.type == "cpu" and type(t) in _PLAIN
 
 
 def _linear_in_torch(
