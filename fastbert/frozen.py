@@ -90,10 +90,10 @@ class _Layer(NamedTuple):
 
     def __call__(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """`fastbert.encoder.encode_layer`; rows behind those of the batch may hold anything."""
-        qkv = onednn.product(hidden, *self.qkv, None).unflatten(-1, (3, -1, self.head_size))
+        qkv = onednn.product(hidden, *self.qkv, None)
         count, more = batch.num_tokens, hidden.shape[0] - batch.num_tokens
-        q, k, v = qkv[:count].unbind(1)
-        context = varlen_in_torch(q, k, v, batch, batch, self.scale, 0.0, False).flatten(1)
+        qkv = (qkv[:count] if more else qkv).view(count, 3, -1, self.head_size)
+        context = self._attend(qkv, batch)
         context = F.pad(context, (0, 0, 0, more)) if more else context
         total = onednn.product_add(context, *self.attention_output, hidden)
         hidden = _normed(total, self.attention_norm)
@@ -103,9 +103,36 @@ class _Layer(NamedTuple):
             inner = activate(inner, self.activation)
         return _normed(onednn.product_add(inner, *self.output, hidden), self.output_norm)
 
+    def _attend(self, qkv: Tensor, batch: PackedBatch) -> Tensor:
+        """``[T, 3, H, D]`` -> ``[T, E]``."""
+        if len(set(batch.lengths)) > 1:
+            q, k, v = qkv.unbind(1)
+            return varlen_in_torch(q, k, v, batch, batch, self.scale, 0.0, False).flatten(1)
+        # As there, in a third of the calls: with few tokens they are most of it.
+        by_head = qkv.view(len(batch.lengths), -1, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
+        context = F.scaled_dot_product_attention(*by_head.unbind(), scale=self.scale)
+        return context.transpose(1, 2).reshape(qkv.shape[0], -1)
+
 
 def _normed(total: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+class _Copies(NamedTuple):
+    """What was made of some layers, or that nothing could be made.
+
+    Attributes:
+        of: the tensors that were copied; norms and most biases are used as they are.
+        stamp: `_stamp` of those.
+    """
+
+    layers: Layers
+    of: list[Tensor]
+    stamp: list | None
+    each: list[_Layer] | None
+
+    def still(self, layers: Layers) -> bool:
+        return self.layers is layers and self.stamp == _stamp(self.of)
 
 
 class Frozen:
@@ -117,7 +144,7 @@ class Frozen:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._made: tuple[Layers, list, list[_Layer] | None] | None = None
+        self._made: _Copies | None = None
 
     def __reduce__(self):
         return Frozen, ()
@@ -145,8 +172,8 @@ class Frozen:
     @property
     def nbytes(self) -> int:
         """Memory of the copies."""
-        copies = self._made[2] if self._made else None
-        products = [part for x in copies or () for part in x if isinstance(part, _Product)]
+        layers = self._made.each if self._made else None
+        products = [part for x in layers or () for part in x if isinstance(part, _Product)]
         return sum(p.weight.dtype.itemsize * p.weight.numel() for p in products)
 
     def forget(self) -> None:
@@ -156,28 +183,35 @@ class Frozen:
 
     def _copies(self, layers: Layers) -> list[_Layer] | None:
         """The copies, made now if they are of other weights; None if there can be none."""
-        stamp = _stamp(layers.tensors)
-        if stamp is None:
-            return None
         made = self._made
-        if made is None or made[:2] != (layers, stamp):
+        if made is None or not made.still(layers):
             with self._lock:  # somebody else may have made them meanwhile
                 made = self._made
-                if made is None or made[:2] != (layers, stamp):
-                    made = self._make(layers, stamp)
-        return made[2]
+                if made is None or not made.still(layers):
+                    made = self._make(layers)
+        return made.each
 
-    def _make(self, layers: Layers, stamp: list) -> tuple[Layers, list, list[_Layer] | None]:
+    def _make(self, layers: Layers) -> _Copies:
         if self._made is not None:
             _log.info("fastbert copies frozen weights again, since some have changed")
-        self._made = copies = None  # not both in memory
+        self._made = each = None  # not both in memory
+        of = [t for weights in layers.each for t in _copied(weights)]
+        stamp = _stamp(of)
         (dtype, *others) = {t.dtype for t in layers.tensors}
-        if dtype in onednn.DTYPES and not others and all(map(plain_on_cpu, layers.tensors)):
+        known = dtype in onednn.DTYPES and not others and all(map(plain_on_cpu, layers.tensors))
+        if known and stamp is not None:
             # Outside of inference mode, whose tensors a call with gradients could not read.
             with torch.inference_mode(False), torch.no_grad():
-                copies = [_Layer.of(weights) for weights in layers.each]
-        self._made = layers, stamp, copies
+                each = [_Layer.of(weights) for weights in layers.each]
+        self._made = _Copies(layers, of, stamp, each)
         return self._made
+
+
+def _copied(weights: LayerWeights) -> list[Tensor]:
+    """The tensors that `_Layer.of` copies."""
+    linears = (weights.attention_output, weights.intermediate, weights.output)
+    joined = [t for part in weights.qkv for t in part if t is not None]
+    return [*joined, *(linear.weight for linear in linears)]
 
 
 def _stamp(tensors: list[Tensor]) -> list | None:

@@ -22,6 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Activation -> what the operator calls it: ``attr`` and ``algorithm``.
 EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", "")}
 
+# Looked up once, and called by overload: either takes as long as a small product.
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _known: dict[torch.dtype, bool] = {}  # a dict, because torch.compile cannot see into lru_cache
 
 
@@ -48,13 +50,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
         ``[..., out]``.
     """
     attr, algorithm = EPILOGUES[activation]
-    # By overload: finding it by the arguments takes as long as a small product.
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attr, [], algorithm)
+    return _LINEAR.default(x, weight, bias, attr, [], algorithm)
 
 
 def product_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """``x @ weight.T + bias + residual`` with a residual ``[..., out]``."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return _LINEAR.binary(x, residual, weight, bias, "add")
 
 
 def packed(weight: Tensor, rows: int = 128) -> Tensor:
