@@ -149,7 +149,7 @@ def _disturbed_text(results: Results) -> str:
         return ""
     listed = ", ".join(f"{name} ({pace:.2f}x)" for name, pace in names.items())
     return (
-        "Disturbed, twice: a fixed product took longer than at its best, by the factor given, "
+        "Disturbed: a fixed product took longer than at its best, by the factor given, "
         f"around these workloads; take their figures with care. {listed}."
     )
 

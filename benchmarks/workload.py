@@ -7,6 +7,7 @@ check. `measure` is the engine behind both ``pytest benchmarks/`` and ``fastbert
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
 OURS = "fastbert"
 # A peer computes the same thing with rounding of its own; fastbert is held to twice torch's error.
 _OWN_FACTOR, _PEER_FACTOR = 2, 32
+_LONG = 30.0  # seconds; rounds that took longer are not repeated
 
 
 class Unavailable(Exception):
@@ -176,7 +178,7 @@ def measure(
         providers: a choice of them; all if None.
         seconds: how long the timed rounds may take together.
         pace: how slow the machine is, asked before and after the timed rounds. Rounds in which it
-            was disturbed are timed once more, and the calmer ones count.
+            was disturbed are timed once more if that does not take long, and the calmer ones count.
         start: how a provider is built: here, or in a process of its own (`Apart.start`).
 
     Returns:
@@ -246,13 +248,15 @@ def _calm_samples(
     """Samples of each provider, and the slower of the paces around them."""
     attempts = []
     before = pace()
-    for _ in range(2):
+    while True:
+        begin = time.perf_counter()
         samples = interleave(calls, seconds=seconds)
+        took = time.perf_counter() - begin
         after = pace()
         if before is None or after is None:
             return samples, None
         attempts.append((max(before, after), samples))
-        if attempts[-1][0] <= DISTURBED:
+        if attempts[-1][0] <= DISTURBED or len(attempts) == 2 or took > _LONG:
             break
         before = after
     strayed, samples = min(attempts, key=lambda attempt: attempt[0])

@@ -66,6 +66,7 @@ def test_check_reports_and_passes(run):
     assert "backend on cpu" in report["facts"]
 
 
+@pytest.mark.slow
 def test_check_fails_when_results_are_wrong(run, monkeypatch):
     from fastbert import encoder
 
@@ -114,6 +115,7 @@ def test_demo_answers_and_agrees(tmp_path, capsys, monkeypatch, minilm_folder):
     assert result["largest_difference"] < 1e-5 and 0.3 < result["padding_removed"] < 0.9
 
 
+@pytest.mark.slow
 def test_demo_fails_loudly_when_results_differ(monkeypatch, capsys, minilm_folder):
     from fastbert.demo import __main__ as demo
 

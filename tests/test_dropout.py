@@ -50,6 +50,7 @@ def attention_mask(seed, p, lengths, heads, device, tile):
     return batch.unpack(out).transpose(1, 2)[..., :longest] * sizes[:, None, None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_kernel_and_replica_drop_the_same_for_every_tile(p, device):
     lengths, heads = [70, 1, 33], 2
@@ -218,6 +219,7 @@ def test_edges_of_the_probability(name, device):
         run(tensors, 0.5, seed.int())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_come_from_torchs_generator(name, device):
     tensors, run, _ = run_op(name, device)
@@ -237,7 +239,8 @@ def test_seeds_come_from_torchs_generator(name, device):
     assert torch.equal(mine, same)
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_drops_the_same_twice(name, reentrant, device):
     tensors, run, _ = run_op(name, device)

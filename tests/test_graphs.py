@@ -117,6 +117,7 @@ def test_the_longest_sequence_decides_by_the_body_of_the_kernel_alone():
 # ---- results ----
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_ragged_batches_of_one_bucket_share_a_graph_and_are_right(device):
     model = model_on(device)
@@ -128,6 +129,7 @@ def test_ragged_batches_of_one_bucket_share_a_graph_and_are_right(device):
     assert all(b.sequences == 4 and b.longest == 32 for b in model.graphs.buckets)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_full_buckets_empty_sequences_and_batches_without_a_mask(device):
     model = model_on(device)
@@ -139,6 +141,7 @@ def test_full_buckets_empty_sequences_and_batches_without_a_mask(device):
     assert {b.sequences for b in model.graphs.buckets} == {1, 2, 4}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_long_sequences_walk_over_keys(device):
     model = model_on(device)
@@ -171,6 +174,7 @@ def test_what_the_last_batch_left_in_the_bucket_reaches_nobody(device):
 # ---- never stale ----
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_weights_changed_in_place_are_seen_and_replaced_ones_captured_anew(device):
     model = model_on(device)
@@ -228,6 +232,7 @@ def test_whoever_wants_more_than_the_layers_gets_it_without_graphs(device):
         assert model.graphs.buckets
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_few_graphs_are_kept_and_the_oldest_is_given_up(device):
     model = model_on(device)

@@ -147,6 +147,7 @@ def test_everything_but_the_kernels_works_without_triton():
     assert "triton is not installed" in result.stdout
 
 
+@pytest.mark.slow
 def test_ops_and_packing_work_without_transformers():
     program = BLOCK.format(blocked="transformers") + (
         "import torch, fastbert\n"

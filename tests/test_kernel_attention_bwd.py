@@ -100,6 +100,7 @@ def test_varlen_gradients_for_any_scale(device):
         check_varlen(torch.float32, device, 32, [33, 7], scale=scale)
 
 
+@pytest.mark.slow
 def test_one_projection_gets_one_gradient(device):
     """`attention_qkv`: the same numbers as three tensors, in one gradient without a copy."""
     for lengths in ([5, 1, 0, 30], [131, 20]):
@@ -221,6 +222,7 @@ def test_padded_gradients_match_fp64(shape, dtype, device):
             check_padded(shape, dtype, device, bias_shape, masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias_shape", BIAS)
 def test_every_broadcast_of_a_bias_gets_its_gradient(bias_shape, device):
     for shape in ((2, 2, 9, 17, 16), (3, 2, 70, 40, 32)):

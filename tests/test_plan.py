@@ -63,6 +63,7 @@ def test_whatever_a_layer_computes_with_may_change(change):
     assert not torch.allclose(now, before), "the change changes nothing"
 
 
+@pytest.mark.slow
 def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypatch):
     ours = model()
     reads, calls = [], []

@@ -79,6 +79,7 @@ def test_real_weights_survive_a_round_trip(models, tmp_path):
     assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft calls an old name
 def test_pipeline_and_lora_run_packed(minilm_folder, models, batch):
     peft = pytest.importorskip("peft")

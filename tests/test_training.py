@@ -37,6 +37,7 @@ def close(actual: dict, expected: dict) -> None:
         torch.testing.assert_close(actual[name], g, atol=2e-5 * g.abs().max().item() + 1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_without_logits_the_head_sees_labelled_tokens_only(head, device, each_backend, monkeypatch):
     theirs, ours, inputs = masked_lm(device, head)
@@ -121,6 +122,7 @@ def test_logits_of_training_are_transformers_own(head, device, each_backend):
     close(grads[1], grads[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_accumulated_batches_give_the_gradient_of_the_whole(head, device, each_backend):
     """``num_items_in_batch``, as Trainer passes it."""
@@ -157,6 +159,7 @@ def test_a_label_outside_the_vocabulary_is_named(device, each_backend):
         ours(**inputs, skip_logits=True)
 
 
+@pytest.mark.slow
 def test_tied_and_untied_decoders(device, each_backend):
     for tie in (True, False):
         theirs, ours, inputs = masked_lm(device, tie_word_embeddings=tie)
@@ -329,6 +332,7 @@ def test_attentions_have_the_gradients_of_transformers(device, each_backend):
         torch.testing.assert_close(actual[pairs], expected[pairs], atol=1e-4 * scale, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1)], ids=["whole", "right", "left"])
 def test_asking_for_more_does_not_change_a_seeded_step(mask, device, each_backend):
     _, ours = pair(

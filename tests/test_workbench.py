@@ -438,6 +438,7 @@ def test_bad_arguments_get_an_answer(args, words, monkeypatch):
     assert done.exit_code == 2 and words in text, text
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
