@@ -12,10 +12,10 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
-	@echo "make test    the whole test suite, in ten minutes"
+	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
-	@echo "make bench   fastbert against everything else that runs here, in under ten minutes"
+	@echo "make bench   fastbert against everything else that runs here, in about ten minutes"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make clean   remove the virtual environments"
 

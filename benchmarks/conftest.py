@@ -88,7 +88,7 @@ class _Session:
             params = getattr(item, "callspec", None) and item.callspec.params
             if params and {"workload", "provider"} <= set(params):
                 self.chosen.setdefault(params["workload"].id, []).append(params["provider"])
-        self.results = None
+        self.results = self.measured = None
         self._entries: dict[tuple[str, str], Measurement | NotMeasured] = {}
 
     def entry(self, workload: Workload, provider: str) -> Measurement | NotMeasured:

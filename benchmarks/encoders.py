@@ -78,7 +78,7 @@ class Encoders:
                 **options,
             )  # fmt: skip
 
-    def _copy(self, model: nn.Module) -> nn.Module:
+    def _with_weights(self, model: nn.Module) -> nn.Module:
         model.load_state_dict(self.state, assign=True)  # one set of weights in memory
         return model.to(self.device, self.dtype).eval()
 
@@ -88,19 +88,19 @@ class Encoders:
         return self._made[name]
 
     def _make_fastbert(self):
-        return self._copy(self._make(fastbert.BertModel))
+        return self._with_weights(self._make(fastbert.BertModel))
 
     def _make_fastbert_frozen(self):
-        return self._copy(self._make(fastbert.BertModel, frozen=True))
+        return self._with_weights(self._make(fastbert.BertModel, frozen=True))
 
     def _make_fastbert_graphs(self):
-        return self._copy(self._make(fastbert.BertModel, cuda_graphs=True))
+        return self._with_weights(self._make(fastbert.BertModel, cuda_graphs=True))
 
     def _make_fastbert_padded(self):
-        return self._copy(self._make(fastbert.BertModel, padding="keep"))
+        return self._with_weights(self._make(fastbert.BertModel, padding="keep"))
 
     def _make_eager(self):
-        return self._copy(self._make(transformers.BertModel, "eager"))
+        return self._with_weights(self._make(transformers.BertModel, "eager"))
 
     def _make_oracle(self):
         return copy.deepcopy(self.get("eager")).double()

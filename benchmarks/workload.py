@@ -21,8 +21,6 @@ from fastbert.testing import assert_within_budget
 from .results import DISTURBED, Check, Measurement, NotMeasured
 from .timing import Clock, NoClock, Sample, interleave, off_the_default_stream
 
-Pace = Callable[[], float | None]  # `fastbert.benchmarks.limits.Pace`
-
 __all__ = [
     "OURS",
     "Prepared",
@@ -167,7 +165,7 @@ def measure(
     *,
     providers: Iterable[str] | None = None,
     seconds: float = 5.0,
-    pace: Pace = lambda: None,
+    pace: Callable[[], float | None] = lambda: None,
     start: Start = Started,
 ) -> list[Measurement | NotMeasured]:
     """Check every provider of a workload, then time those that are right, in turn.
@@ -177,8 +175,9 @@ def measure(
         device: ``"cpu"`` or ``"cuda"``.
         providers: a choice of them; all if None.
         seconds: how long the timed rounds may take together.
-        pace: how slow the machine is, asked before and after the timed rounds. Rounds in which it
-            was disturbed are timed once more if that does not take long, and the calmer ones count.
+        pace: how slow the machine is (`fastbert.benchmarks.limits.Pace`), asked before and after
+            the timed rounds. Rounds in which it was disturbed are timed once more if that does not
+            take long, and the calmer ones count.
         start: how a provider is built: here, or in a process of its own (`Apart.start`).
 
     Returns:
@@ -197,7 +196,7 @@ def _measure(
     device: str,
     chosen: list[str],
     seconds: float,
-    pace: Pace,
+    pace: Callable[[], float | None],
     start: Start,
 ) -> list[Measurement | NotMeasured]:
     found: dict[str, Measurement | NotMeasured] = {}
@@ -243,7 +242,7 @@ def _measure(
 
 
 def _calm_samples(
-    calls: dict[str, Callable[[], Sample]], seconds: float, pace: Pace
+    calls: dict[str, Callable[[], Sample]], seconds: float, pace: Callable[[], float | None]
 ) -> tuple[dict[str, list[Sample]], float | None]:
     """Samples of each provider, and the slower of the paces around them."""
     attempts = []
