@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from fastbert.benchmarks.tracing import summarise
 from fastbert.kernels._cards import CARDS, LIMITS, card_named
 
+from fastbert import ops
 from fastbert.cli import app
 from fastbert.workbench import fuzz, sass
 
@@ -231,13 +232,13 @@ def test_every_kernel_has_a_fuzzer():
 
 def test_a_wrong_kernel_is_found_and_its_case_made_small(monkeypatch, device):
     """Wrong only for rows wider than 20 with an odd number of rows: as bugs at edges are."""
-    right = fuzz.ops.softmax
+    right = ops.softmax
 
     def wrong(x, **options):
         y = right(x, **options)
         return y * 1.05 if x.shape[-1] > 20 and x.shape[0] % 2 else y
 
-    monkeypatch.setattr(fuzz.ops, "softmax", wrong)
+    monkeypatch.setattr(ops, "softmax", wrong)
     found = fuzz.check("softmax", cases=50, device=device, seed=0)
     assert isinstance(found, fuzz.Failure) and "over the budget" in found.error
     assert found.case["width"] == 21 and found.case["rows"] == 1, found.case
