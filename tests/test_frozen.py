@@ -105,6 +105,28 @@ def test_real_weights(minilm_folder):
         assert torch.cosine_similarity(halved, expected).min() > 0.999
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not onednn.available(torch.bfloat16), reason="this CPU has no bf16")
+def test_embeddings_in_bf16_are_those_of_fp32(minilm_folder):
+    """What README says of them."""
+    import transformers
+
+    from fastbert.demo import passages
+
+    texts = [passage["text"] for passage in passages()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    weights = inputs["attention_mask"][..., None] / inputs["attention_mask"].sum(1)[:, None, None]
+    exact, half = (
+        (hidden(model.eval(), inputs).float() * weights).sum(1)
+        for model in (
+            transformers.BertModel.from_pretrained(minilm_folder),
+            fastbert.BertModel.from_pretrained(minilm_folder, dtype=torch.bfloat16, frozen=True),
+        )
+    )
+    assert torch.cosine_similarity(exact, half).min() > 0.9999
+
+
 def test_the_number_of_rows_is_rounded_up_a_little():
     for rows in (1, 8, 9, 63, 64, 65, 200, 257, 1000, 2049, 16384):
         assert rows <= bucket_of(rows) <= max(rows + 7, rows * 1.25)
@@ -161,6 +183,26 @@ def test_weights_that_change_are_copied_again(name, caplog):
     assert (actual - before).abs().max() > 1e-3, "the change changes nothing"
     assert torch.allclose(actual, of_layers(model), atol=1e-4, rtol=1e-4)
     assert copied(model) == (name != "a module of another kind")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["replaced", "in place"])
+def test_a_change_of_any_one_tensor_is_seen(whole):
+    """Of those that are copied, and of those that are used as they are."""
+    model = frozen()
+    for name, parameter in model.encoder.layer[0].named_parameters():
+        before = hidden(model)
+        changed = parameter.detach() + torch.randn_like(parameter)
+        with torch.no_grad():
+            if whole:
+                module, _, leaf = name.rpartition(".")
+                owner = model.encoder.layer[0].get_submodule(module)
+                setattr(owner, leaf, nn.Parameter(changed))
+            else:
+                parameter.copy_(changed)
+        after = hidden(model)
+        assert torch.allclose(after, of_layers(model), atol=1e-4), name
+        # The bias of the keys alone changes no attention weight.
+        assert name.endswith("key.bias") or (after - before).abs().max() > 1e-3, name
 
 
 def test_a_change_is_said_once(caplog):
