@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import statistics
 
 import pytest
@@ -420,6 +421,14 @@ def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts():
         assert len(processes) == 2 and os.getpid() not in processes
         assert processes == {second[name].check.budget for name in ("mine", "other")}
         assert set(first["mine"].wall) == {2.0} and first["mine"].peak_memory is None
+        killed = int(first["mine"].check.budget)
+        os.kill(killed, signal.SIGKILL)
+        apart._children["mine"]._process.join()
+        (third,) = measure(
+            workload_apart("mine"), FixedClock(), "cpu", seconds=0.0, start=apart.start
+        )
+        assert third.check.budget not in (killed, os.getpid())
+        processes.add(third.check.budget)
     for entries in (first, second):
         assert entries["absent"].reason == "absent is not installed"
         assert entries["peculiar"].reason == "RuntimeError: Peculiar: this and that"
