@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops import onednn
+from .ops.attention_torch import varlen_in_torch
 from .ops.inference import (
     launch_attention,
     launch_linear,
     launch_linear_add_norm,
     only_kernels,
+    only_onednn,
 )
 from .ops.layer_gradient import attention_half, takes_attention_half
 from .packing import PackedBatch, PaddedBatch
@@ -30,8 +33,10 @@ __all__ = [
     "Norm",
     "Projection",
     "Stacked",
+    "bucket_of",
     "encode_layer",
     "encode_layers",
+    "encode_on_onednn",
 ]
 
 
@@ -66,7 +71,8 @@ class LayerWeights(NamedTuple):
     """Everything one layer computes with.
 
     Attributes:
-        qkv: the three input projections, as one product or one by one.
+        qkv: the three input projections, as one product or one by one; for `encode_on_onednn` also
+            one whose weight holds all three.
         attention_output, attention_norm: the projection after attention and the norm after it.
         intermediate, activation: the first feed-forward product and what follows it, one of
             `fastbert.ops.linear.ACTIVATIONS` or any function.
@@ -77,7 +83,7 @@ class LayerWeights(NamedTuple):
         unfused: attention in torch runs as operations that have second derivatives.
     """
 
-    qkv: Stacked | tuple[Projection, Projection, Projection]
+    qkv: Stacked | tuple[Projection, Projection, Projection] | tuple[Linear]
     attention_output: Projection
     attention_norm: Norm | Callable[[Tensor], Tensor]
     intermediate: Projection
@@ -131,13 +137,11 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
         ``[T, E]``.
     """
     step = encode_layer
-    if (
-        layers.tensors
-        and isinstance(batch, PackedBatch)
-        and batch.max_seqlen
-        and only_kernels(hidden, layers.tensors, layers.each[0].head_size)
-    ):
-        step = _launch_layer
+    if layers.tensors and isinstance(batch, PackedBatch) and batch.max_seqlen:
+        if only_kernels(hidden, layers.tensors, layers.each[0].head_size):
+            step = _launch_layer
+        elif only_onednn(hidden, layers.tensors):
+            return encode_on_onednn(hidden, batch, layers.each)
     for weights in layers.each:
         hidden = step(hidden, batch, weights)
     return hidden
@@ -156,6 +160,77 @@ def _launch_layer(hidden: Tensor, batch: PackedBatch, weights: LayerWeights) -> 
     )
     inner = launch_linear(hidden, *weights.intermediate, weights.activation)
     return launch_linear_add_norm(inner, *weights.output, hidden, *weights.output_norm)
+
+
+def bucket_of(rows: int) -> int:
+    """How many rows the products of a batch are given on a CPU.
+
+    oneDNN makes a primitive for every new number: 0.2 to 0.7 ms each on an EPYC, four in a model. A
+    ladder makes new ones rare, 24 of them up to 512 rows, and adds seven rows or a quarter at most.
+    """
+    step = 8 if rows <= 64 else 16 if rows <= 256 else 64 if rows <= 2048 else 256
+    return -(-rows // step) * step
+
+
+def encode_on_onednn(hidden: Tensor, batch: PackedBatch, each: list[LayerWeights]) -> Tensor:
+    """`encode_layers` on a CPU, where `fastbert.ops.inference.only_onednn` has found that nothing
+    else will run.
+
+    Args:
+        hidden: ``[T, E]`` packed rows.
+        batch: where the sequences are.
+        each: weights as they are, or as `fastbert.ops.onednn.packed` has made them.
+
+    Returns:
+        ``[T, E]``.
+    """
+    count = hidden.shape[0]
+    more = bucket_of(count) - count
+    hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
+    for weights in each:
+        hidden = _multiply_layer(hidden, batch, weights)
+    return hidden[:count] if more else hidden
+
+
+def _multiply_layer(hidden: Tensor, batch: PackedBatch, weights: LayerWeights) -> Tensor:
+    """`encode_layer`; rows behind those of the batch may hold anything."""
+    context = _attend_in_torch(
+        [onednn.product(hidden, *part, None) for part in weights.qkv], batch, weights
+    )
+    more = hidden.shape[0] - context.shape[0]
+    context = F.pad(context, (0, 0, 0, more)) if more else context
+    total = onednn.product_add(context, *weights.attention_output, hidden)
+    hidden = _normed(total, weights.attention_norm)
+    fused = weights.activation if weights.activation in onednn.EPILOGUES else None
+    inner = onednn.product(hidden, *weights.intermediate, fused)
+    if fused is None:
+        inner = ops.activate(inner, weights.activation)
+    return _normed(onednn.product_add(inner, *weights.output, hidden), weights.output_norm)
+
+
+def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeights) -> Tensor:
+    """q, k and v, ``[T + ..., 3 * E]`` or three of ``[T + ..., E]`` -> ``[T, E]``."""
+    count, lengths, size = batch.num_tokens, batch.lengths, weights.head_size
+    parts = [t[:count] if t.shape[0] > count else t for t in parts]
+    (first, *others) = parts
+    if len(set(lengths)) > 1:
+        if others:
+            q, k, v = (t.view(count, -1, size) for t in parts)
+        else:
+            q, k, v = first.view(count, 3, -1, size).unbind(1)
+        return varlen_in_torch(q, k, v, batch, batch, weights.scale, 0.0, False).flatten(1)
+    # As there, in a third of the calls: with few tokens they are most of it.
+    rows = len(lengths), lengths[0]
+    if others:
+        by_head = [t.view(*rows, -1, size).transpose(1, 2) for t in parts]
+    else:
+        by_head = first.view(*rows, 3, -1, size).permute(2, 0, 3, 1, 4).unbind()
+    context = F.scaled_dot_product_attention(*by_head, scale=weights.scale)
+    return context.transpose(1, 2).reshape(count, -1)
+
+
+def _normed(total: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def encode_layer(

@@ -31,6 +31,14 @@ if HAS_TRITON and not HAS_GPU:
     _interpreter.install()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        backend = hasattr(item, "callspec") and item.callspec.params.get("each_backend")
+        if backend == "triton" and item.get_closest_marker("slow_on_kernels"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

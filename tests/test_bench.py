@@ -253,6 +253,7 @@ def test_the_smoke_suite_runs_with_every_provider(tmp_path, on_torch):
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "report.md", "report.html"}
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_but_never_timed_under_the_interpreter(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted here")
@@ -409,6 +410,7 @@ def test_the_matrix_limit_is_that_of_the_fastest_route(monkeypatch):
 # ---- a process for each provider ----
 
 
+@pytest.mark.slow
 def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts():
     names = ("mine", "other", "absent", "peculiar", "dies")
     with Apart() as apart:

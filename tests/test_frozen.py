@@ -14,7 +14,8 @@ from tiny import pair, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.frozen import Frozen, bucket_of
+from fastbert.encoder import bucket_of
+from fastbert.frozen import Frozen
 from fastbert.ops import onednn
 from fastbert.testing import assert_within_budget
 
@@ -131,6 +132,23 @@ def test_the_number_of_rows_is_rounded_up_a_little():
     for rows in (1, 8, 9, 63, 64, 65, 200, 257, 1000, 2049, 16384):
         assert rows <= bucket_of(rows) <= max(rows + 7, rows * 1.25)
     assert len({bucket_of(rows) for rows in range(1, 513)}) == 24
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "frozen"])
+def test_products_of_new_lengths_get_few_numbers_of_rows(kind, monkeypatch):
+    """oneDNN prepares itself for each: a stream of texts would be slower than one text again."""
+    rows = []
+    for name in ("product", "product_add"):
+        run = getattr(onednn, name)
+        monkeypatch.setattr(
+            onednn, name, lambda x, *rest, run=run: rows.append(x.shape[0]) or run(x, *rest)
+        )
+    model = frozen()
+    show = of_layers if kind == "ordinary" else hidden
+    for length in range(1, 41):
+        assert show(model, batch_of([length])).shape[1] == length
+    assert len(rows) == 40 * 2 * (6 if kind == "ordinary" else 4)
+    assert set(rows) == {8, 16, 24, 32, 40}
 
 
 def load(model):

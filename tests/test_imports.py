@@ -21,6 +21,7 @@ RANKS = {
     "fastbert/models.py": 5,
     "fastbert/acceleration.py": 5,
     "fastbert/tasks": 6,
+    "fastbert/training": 7,
     "fastbert/demo": 7,
     "benchmarks": 7,
     "fastbert/workbench": 8,

@@ -11,7 +11,7 @@ from fastbert.testing import assert_matches, with_gradients
 
 pytest.importorskip("triton")
 # The smallest and largest, a prime-ish width that no vector divides, MiniLM, BERT base and large.
-WIDTHS = (32, 77, 384, 768, 1024, 8192)
+WIDTHS = (32, 77, 384, 768, 1024, pytest.param(8192, marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)

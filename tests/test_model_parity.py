@@ -57,7 +57,13 @@ def check(output, theirs, real, name, **inputs):
     assert_matches(list(flatten(output, real).values()), specification, parameters, name)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(mask, id=name, marks=[pytest.mark.slow_on_kernels] * (", " in name))
+        for name, mask in MASKS.items()
+    ],
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_head_matches_transformers(head, mask, device, each_backend):
     theirs, ours = pair(head, device)
@@ -139,6 +145,7 @@ def test_embeddings_and_positions_match_transformers(device, each_backend):
             check(ours(**inputs), theirs, real, str(list(inputs)), **inputs)
 
 
+@pytest.mark.slow_on_kernels
 def test_return_dict_false_gives_the_same_tuple(device, each_backend):
     for head in HEADS:
         theirs, ours = pair(head, device)

@@ -50,6 +50,7 @@ def test_hidden_states_by_index_have_zeros_too():
     assert not states[1][~REAL].any() and states[1][REAL].any()
 
 
+@pytest.mark.slow_on_kernels
 def test_padding_can_be_computed_as_in_transformers(device, each_backend):
     """Every head, every output, every position; as for ColBERT's masked query tokens."""
     for head in ("BertModel", "BertForMaskedLM", "BertForTokenClassification",

@@ -98,6 +98,7 @@ def test_logits_that_cannot_be_left_out():
         encoder(**inputs, skip_logits=True)
 
 
+@pytest.mark.slow_on_kernels
 @pytest.mark.parametrize("head", HEADS)
 def test_logits_of_training_are_transformers_own(head, device, each_backend):
     theirs, ours, inputs = masked_lm(device, head)
@@ -141,6 +142,7 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(head, device, each_b
         torch.testing.assert_close(evaluated, ours(**inputs).loss / 2)
 
 
+@pytest.mark.slow_on_kernels
 def test_no_label_at_all(device, each_backend):
     """A batch in which nothing was masked: the loss is 0 and moves nothing, in every mode."""
     _, ours, inputs = masked_lm(device)
@@ -195,6 +197,7 @@ def test_another_head_keeps_running_as_it_is(device, each_backend):
     assert seen == [(4, 9, 32)] or seen == [(21, 32)]
 
 
+@pytest.mark.slow_on_kernels
 def test_frozen_parts(device, each_backend):
     """Only what is to be trained gets a gradient, and it is the same as transformers'."""
     for frozen in (
@@ -213,6 +216,7 @@ def test_frozen_parts(device, each_backend):
         close(grads[1], grads[0])
 
 
+@pytest.mark.slow_on_kernels
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing(reentrant, dropout, device, each_backend):
@@ -283,6 +287,7 @@ def second_order(model, inputs) -> dict[str, torch.Tensor]:
 HIDDEN = {"output_hidden_states": True}
 
 
+@pytest.mark.slow_on_kernels
 @pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1)], ids=["whole", "right", "left"])
 @pytest.mark.parametrize("checkpoint", [None, False, True])
 def test_hidden_states_have_the_gradients_of_transformers(mask, checkpoint, device, each_backend):
@@ -306,6 +311,7 @@ def test_hidden_states_have_the_gradients_of_transformers(mask, checkpoint, devi
         torch.testing.assert_close(actual, expected, atol=1e-4 * scale, rtol=0)
 
 
+@pytest.mark.slow_on_kernels
 def test_what_an_encoder_returns_is_what_its_pooler_reads(device, each_backend):
     for flags in ({}, HIDDEN, {"output_attentions": True}):
         for mask in (None, RIGHT):

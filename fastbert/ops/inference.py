@@ -1,8 +1,9 @@
-"""The launches of a layer in inference, for who has found out once that they are all there is.
+"""What a layer in inference calls, for who has found out once that it is all there is.
 
 `fastbert.ops.attention_varlen`, `linear_add_norm` and `linear` look at their arguments and at what
 surrounds the call, every time. For small batches that takes longer than the GPU does. A caller with
-many layers asks `only_kernels` once and launches the same kernels by these.
+many layers asks `only_kernels` or `only_onednn` once: the first allows the launches below, the
+second the products of `fastbert.ops.onednn`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
+from . import onednn
 from .attention_kernels import MAX_HEAD_SIZE, tile_for
 from .backend import resolve
-from .linear import route
+from .linear import plain_on_cpu, route, rows_on_onednn
 from .registry import takes_launches
 
-__all__ = ["launch_attention", "launch_linear", "launch_linear_add_norm", "only_kernels"]
+__all__ = [
+    "launch_attention",
+    "launch_linear",
+    "launch_linear_add_norm",
+    "only_kernels",
+    "only_onednn",
+]
 
 _DTYPE = attrgetter("dtype")
 
@@ -42,6 +50,21 @@ def only_kernels(rows: Tensor, weights: list[Tensor], head_size: int) -> bool:
         and resolve(rows.device, rows.dtype) == "triton"
         and all(map(is_, map(_DTYPE, weights), repeat(rows.dtype)))
         and all(map(eq, map(Tensor.get_device, weights), repeat(rows.get_device())))
+    )
+
+
+def only_onednn(rows: Tensor, weights: list[Tensor]) -> bool:
+    """Whether a layer on these rows is nothing but oneDNN's products and attention in torch.
+
+    Args:
+        rows: ``[T, E]``.
+        weights: all tensors of all layers.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and rows_on_onednn(rows, onednn.DTYPES)
+        and all(map(is_, map(_DTYPE, weights), repeat(rows.dtype)))
+        and all(map(plain_on_cpu, weights))
     )
 
 

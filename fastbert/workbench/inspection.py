@@ -149,13 +149,13 @@ class Inspection:
         }
 
 
-def inspect_variant(variant: Variant) -> Inspection:
-    """Compile and read a variant.
+def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspection:
+    """Read a variant, which is compiled for that unless it comes compiled.
 
     Raises:
         Whatever Triton raises for a kernel that does not compile.
     """
-    artefact = compile_variant(variant)
+    artefact = artefact or compile_variant(variant)
     return Inspection(
         variant=variant,
         artefact=artefact,
