@@ -43,10 +43,11 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A line that holds no text, and why."""
+    """A line that holds no text, and why; ``empty`` where that is all that is wrong with it."""
 
     line: int
     reason: str
+    empty: bool = False
 
 
 class Scan(NamedTuple):
@@ -131,9 +132,10 @@ class TextFile:
                 bad.append(row)
         if counts[Row] == 0 and not bad:
             raise InputError(f"expected at least one text in {self.name!r}, got none")
-        return Scan(counts[Row], counts[BadRow], bad, self._digest(), stamp)
+        return Scan(counts[Row], counts[BadRow], bad, self.digest(), stamp)
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """BLAKE2b of the bytes of the file."""
         found = hashlib.blake2b(digest_size=16)
         with self._readable(), self._open_raw() as file:
             while block := file.read(1 << 20):
@@ -214,7 +216,7 @@ def _checked(line: int, text: object, column: str) -> Row | BadRow:
         found = _JSON_NAMES.get(type(text), type(text).__name__)
         return BadRow(line, f"expected a text in {column!r}, got {found}")
     if not text or text.isspace():
-        return BadRow(line, f"expected a text in {column!r}, got an empty one")
+        return BadRow(line, f"expected a text in {column!r}, got an empty one", empty=True)
     reason = _not_unicode(text)
     return BadRow(line, reason) if reason else Row(line, text)
 
@@ -260,7 +262,7 @@ class _Blanks:
 
     def release(self) -> Iterator[BadRow]:
         for line in range(self._first, self._first + self._count):
-            yield BadRow(line, "a blank line")
+            yield BadRow(line, "a blank line", empty=True)
         self._count = 0
 
 
