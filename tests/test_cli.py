@@ -70,8 +70,10 @@ def test_check_reports_and_passes(run):
 def test_check_fails_when_results_are_wrong(run, monkeypatch):
     from fastbert import encoder
 
-    right = encoder.ops.linear_add_norm
-    monkeypatch.setattr(encoder.ops, "linear_add_norm", lambda *a, **k: 1.01 * right(*a, **k))
+    for owner, name in ((encoder.ops, "linear_add_norm"), (encoder, "_normed")):
+        right = getattr(owner, name)
+        wrong = lambda *a, right=right, **k: 1.01 * right(*a, **k)  # noqa: E731
+        monkeypatch.setattr(owner, name, wrong)
     code, out, _ = run("check")
     assert code == 1 and "failed" in out
 

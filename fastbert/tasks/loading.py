@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 __all__ = [
+    "load_for_training",
     "load_model",
     "load_sentence_transformer",
     "load_tokenizer",
     "minilm_folder",
+    "quiet",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -128,6 +130,29 @@ def load_model(
     return model.to(device).eval()
 
 
+def load_for_training(
+    class_name: str, source: str | Path, *, allow_pickle: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """A drop-in model in fp32 to be trained on, whose heads may be new.
+
+    Args:
+        class_name, source, allow_pickle, kwargs: as in `load_model`.
+
+    Raises:
+        LoadError: as `load_model`, or an encoder that is not complete.
+    """
+    with _loading(source, allow_pickle):
+        model, report = getattr(fastbert, class_name).from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    _check_complete(report, class_name, source, ("cls.", "classifier.", "bert.pooler."))
+    return model
+
+
 def load_sentence_transformer(
     source: str | Path,
     *,
@@ -170,11 +195,9 @@ def _loading(source: str | Path, allow_pickle: bool) -> Iterator[None]:
     folder = Path(source)
     if folder.exists() or folder.is_absolute():
         _check_folder(folder, allow_pickle)
-    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()  # its report of missing weights becomes an error
     try:
-        yield
+        with quiet():  # its report of missing weights becomes an error
+            yield
     except SafetensorError as error:
         raise LoadError(
             f"expected whole weights in {str(source)!r}, got a damaged file ({error}); "
@@ -184,6 +207,16 @@ def _loading(source: str | Path, allow_pickle: bool) -> Iterator[None]:
         raise LoadError(str(error)) from error
     except Exception as error:
         raise LoadError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers shows no progress bars and says nothing but errors."""
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if shown:

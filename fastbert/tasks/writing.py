@@ -22,6 +22,7 @@ from types import TracebackType
 import numpy as np
 from filelock import FileLock, Timeout
 
+from .durable import to_disk, write_json
 from .errors import OutputError
 from .reading import Row
 
@@ -168,15 +169,11 @@ class VectorFile:
         assert vectors.shape[1:] == (self._size,), vectors.shape
         with self._writing():
             self._file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
-            _to_disk(self._file)
+            to_disk(self._file)
             self._count(self.done + len(vectors))
 
     def _count(self, done: int) -> None:
-        new = self._run.with_suffix(".new")
-        with new.open("w", encoding="utf-8") as file:
-            json.dump({"facts": self._facts, "done": done}, file)
-            _to_disk(file)
-        new.replace(self._run)
+        write_json(self._run, {"facts": self._facts, "done": done})
         self.done = done
 
     def finish(self, rows: Iterable[Row]) -> None:
@@ -190,7 +187,7 @@ class VectorFile:
                 with whole.open("wb") as file:
                     pairs = zip(rows, np.load(self._vectors, mmap_mode="r"), strict=True)
                     _write(file, _kind(self._path), pairs, self._size)
-                    _to_disk(file)
+                    to_disk(file)
             whole.replace(self._path)
         self._finished = True
 
@@ -228,11 +225,6 @@ class VectorFile:
                 f"cannot write {str(self._path)!r}: {error.strerror or error}; {left}, "
                 "and a file that was there before is as it was"
             ) from error
-
-
-def _to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _write(file, kind: str, pairs: Iterable[tuple[Row, np.ndarray]], size: int) -> None:

@@ -179,6 +179,10 @@ class Corpus:
         offset = int(self._part_starts[part])
         return self._parts[part][start - offset : end - offset]
 
+    def counts(self, size: int) -> np.ndarray:
+        """``[size]``, how often each token of the vocabulary comes."""
+        return sum(np.bincount(part, minlength=size) for part in self._parts)
+
     def split(self, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Documents for training and those held out, by number: of one document nothing is in
         both.

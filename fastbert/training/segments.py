@@ -106,9 +106,9 @@ def draw(
             a.extend((ends[i], ends[cut]))
             if wrong:
                 other = chance.below(len(documents) - 1)
-                elsewhere = bounds.of(documents[other + (other >= index)])
+                elsewhere = documents[other + (other >= index)]
                 size = ends[cut] - ends[i]
-                b.extend(_somewhere(elsewhere, target - size, room - size, chance))
+                b.extend(_somewhere(corpus, elsewhere, target - size, room - size, chance))
             else:
                 b.extend((ends[cut], ends[j]))
             random.append(wrong)
@@ -121,13 +121,15 @@ def draw(
     )
 
 
-def _somewhere(ends: list[int], wanted: int, room: int, chance: _Chance) -> tuple[int, int]:
+def _somewhere(
+    corpus: Corpus, document: int, wanted: int, room: int, chance: _Chance
+) -> tuple[int, int]:
     """Sentences from a random place of a document on, cut at the front or the back to fit."""
-    i = chance.below(len(ends) - 1)
-    j = i + 1
-    while j < len(ends) - 1 and ends[j] - ends[i] < wanted:
-        j += 1
-    start, end = ends[i], ends[j]
+    first, behind = corpus.first[document : document + 2].tolist()
+    i = first + chance.below(behind - first)
+    start = int(corpus.sentences[i])
+    j = i + 1 + int(np.searchsorted(corpus.sentences[i + 1 : behind], start + wanted))
+    end = int(corpus.sentences[j])
     if end - start > room:
         start, end = (start, start + room) if chance.number() < 0.5 else (end - room, end)
     return start, end

@@ -1,0 +1,611 @@
+"""``fastbert pretrain`` as functions: what was asked for, the plan, the run.
+
+`prepare` reads everything and changes nothing but caches and the tokenizer that it may train;
+`Pretraining.plan` says what will happen and how long it takes; `Pretraining.train` does it, or goes
+on with what an earlier call has left.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import fastbert
+
+from ..tasks.durable import publish
+from ..tasks.errors import InputError, LoadError
+from ..tasks.loading import (
+    load_for_training,
+    load_tokenizer,
+    quiet,
+    resolve_device,
+)
+from ..tasks.reading import BadRow, TextFile
+from .collating import PackedCollator
+from .corpus import Corpus, documents, files_of
+from .masking import Masking
+from .run_folder import RunFolder, writing_in
+from .sampling import TokenBudgetSampler
+from .segments import SegmentDataset, Segments, draw
+from .trainer import DrawnBatches, PretrainingTrainer
+
+__all__ = ["SIZES", "Plan", "Pretraining", "Request", "Verdict", "mask_schedule", "prepare"]
+
+# Layers, hidden size, heads: the sizes that BERT's authors have published.
+SIZES = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "medium": (8, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
+_HELD_OUT_TOKENS = 100_000  # of an evaluation at most, about
+_PROBE_SECONDS, _PROBE_BATCHES = 20.0, 20
+_WARMUP = 0.06  # share of the steps
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; the names are the options of the command.
+
+    Attributes:
+        texts: files, folders and globs.
+        output: the folder of the run.
+        model: a checkpoint to go on with, or None for one of `SIZES` from scratch.
+        tokenizer: a folder, by default that of ``model``; without both one is trained.
+        vocab_size: of a tokenizer that is trained; ``cased``: it keeps case.
+        tokens, steps, hours: how long, one of them.
+        batch_tokens: of a step, of all processes.
+        device_tokens: of one forward and backward pass.
+        max_length: of an example.
+        mask: share of the tokens, or ``first:last``.
+        nsp: next-sentence prediction.
+        learning_rate: at its highest, None for what suits the model.
+        held_out: share of the documents that are evaluated on.
+        patience: evaluations without gain that end the run.
+    """
+
+    texts: tuple[str, ...]
+    output: str
+    model: str | None = None
+    size: str = "small"
+    tokenizer: str | None = None
+    vocab_size: int = 30522
+    cased: bool = False
+    column: str | None = None
+    language: str = "en"
+    tokens: int | None = None
+    steps: int | None = None
+    hours: float | None = None
+    batch_tokens: int = 32768
+    device_tokens: int = 8192
+    max_length: int = 128
+    mask: str = "0.15"
+    nsp: bool = True
+    whole_words: bool = False
+    learning_rate: float | None = None
+    held_out: float = 0.01
+    save_every: int = 500
+    evaluate_every: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    cache_dir: str | None = None
+
+
+def mask_schedule(text: str) -> Callable[[float], float]:
+    """``0.15``, or ``0.30:0.15``: a share that falls, or rises, evenly from the first to the last
+    (Ankner et al., 2305.15096). From the share of the run that is over to the share of tokens.
+
+    Raises:
+        InputError: not one or two numbers between 0 and 1.
+    """
+    try:
+        first, last = (
+            float(part) for part in (text if ":" in text else f"{text}:{text}").split(":")
+        )
+    except ValueError:
+        first = last = math.nan
+    if not (0 < first < 1 and 0 < last < 1):
+        raise InputError(
+            f"expected --mask to be a share such as 0.15, or two such as 0.30:0.15, got {text!r}"
+        )
+    return lambda over: first + (last - first) * over
+
+
+class Plan(NamedTuple):
+    """What a run will do, in the order in which it is told."""
+
+    documents: int
+    held_out_documents: int
+    tokens: int
+    bad_lines: int
+    examples: int
+    mean_length: float
+    padding_removed: float
+    parameters: int
+    steps: int
+    tokens_per_step: float
+    passes_per_step: int
+    warmup_steps: int
+    epochs: float
+    tokens_per_second: float
+    seconds: float
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What is told, with its name."""
+        yield "documents", f"{self.documents:,}, {self.held_out_documents:,} more held out"
+        if self.bad_lines:
+            yield "left out", f"{self.bad_lines:,} lines that hold no text"
+        yield "tokens", f"{self.tokens:,} in an epoch"
+        yield (
+            "examples",
+            (
+                f"{self.examples:,} of {self.mean_length:.0f} tokens on average; "
+                f"{self.padding_removed:.0%} of padded batches would be padding"
+            ),
+        )
+        yield "parameters", f"{self.parameters:,}"
+        yield (
+            "steps",
+            (
+                f"{self.steps:,} of {self.passes_per_step} passes, {self.epochs:.2f} epochs; "
+                f"{self.warmup_steps:,} to warm up"
+            ),
+        )
+        yield (
+            "time",
+            (
+                f"{_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second, "
+                "evaluations not counted"
+            ),
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def prepare(request: Request) -> Pretraining:
+    """Read the texts and make the model. Of the folder of the run only the tokenizer is written,
+    where one is trained.
+
+    Raises:
+        InputError: texts, a length or a length of the run that cannot be.
+        LoadError: a model or a tokenizer that cannot be loaded, or do not go together.
+    """
+    if sum(x is not None for x in (request.tokens, request.steps, request.hours)) != 1:
+        raise InputError("expected one of --tokens, --steps and --hours")
+    if request.batch_tokens < request.device_tokens:
+        request = replace(request, device_tokens=request.batch_tokens)
+    if request.device_tokens < request.max_length:
+        raise InputError(
+            f"expected passes of at least --max-length {request.max_length} tokens, got "
+            f"--batch-tokens {request.batch_tokens}, --device-tokens {request.device_tokens}"
+        )
+    mask_schedule(request.mask)
+    files = files_of(request.texts)
+    tokenizer = _tokenizer(request, files)
+    corpus = Corpus.prepare(
+        files,
+        tokenizer,
+        column=request.column,
+        language=request.language,
+        cache_dir=request.cache_dir,
+    )
+    transformers.set_seed(request.seed)
+    return Pretraining(request, tokenizer, corpus, _model(request, tokenizer))
+
+
+class Pretraining:
+    """A run that is prepared: `plan` it, then `train`."""
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        model: PreTrainedModel,
+    ):
+        self.request, self.tokenizer, self.corpus, self.model = request, tokenizer, corpus, model
+        few = corpus.num_documents < (4 if request.nsp else 2)
+        share = 0.0 if few else request.held_out
+        self.train_documents, self.held_documents = corpus.split(share, request.seed)
+        self.data = SegmentDataset(corpus, tokenizer, pairs=request.nsp)
+        masking = Masking(tokenizer, seed=request.seed, whole_words=request.whole_words)
+        self.collator = PackedCollator(model, masking=masking)
+        # What torchrun says.
+        self.is_main = os.environ.get("RANK", "0") == "0"
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size > 1 and request.hours is not None:
+            raise InputError(
+                f"expected --tokens or --steps with {self.world_size} processes, got --hours; each "
+                "would find a speed of its own"
+            )
+        shared = request.device_tokens * self.world_size
+        self.passes = max(round(request.batch_tokens / shared), 1)
+
+    def plan(self) -> Plan:
+        """What `train` will do, after a short trial of the model's speed."""
+        segments = self._draw(0, self.train_documents)
+        lengths = segments.lengths
+        batches = DrawnBatches(partial(self._draw, documents=self.train_documents),
+                               self.request.device_tokens, _PROBE_BATCHES)  # fmt: skip
+        tokens = int(lengths.sum())
+        speed = self._speed(batches) * self.world_size
+        # Of the batches of an epoch, since none of them is quite full.
+        per_pass = tokens / len(TokenBudgetSampler(lengths, self.request.device_tokens))
+        per_step = per_pass * self.passes * self.world_size
+        steps = self._steps(per_step, speed)
+        return Plan(
+            documents=len(self.train_documents),
+            held_out_documents=len(self.held_documents),
+            tokens=tokens,
+            bad_lines=self.corpus.num_bad,
+            examples=len(lengths),
+            mean_length=float(lengths.mean()),
+            padding_removed=1 - tokens / (len(lengths) * int(lengths.max())),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            steps=steps,
+            tokens_per_step=per_step,
+            passes_per_step=self.passes,
+            warmup_steps=math.ceil(_WARMUP * steps),
+            epochs=steps * per_step / tokens,
+            tokens_per_second=speed,
+            seconds=steps * per_step / speed,
+        )
+
+    def _steps(self, per_step: float, speed: float) -> int:
+        if self.request.steps is not None:
+            return self.request.steps
+        begun = RunFolder(self.request.output, "pretrain").facts()
+        if self.request.hours is not None and "steps" in begun:
+            return begun["steps"]  # the speed of then counts
+        tokens = self.request.tokens or self.request.hours * 3600 * speed
+        if tokens < per_step:
+            raise InputError(
+                f"expected at least the {per_step:,.0f} tokens of one step, got {tokens:,.0f}; "
+                "train longer, or with a smaller --batch-tokens"
+            )
+        return int(tokens / per_step)
+
+    def _draw(self, epoch: int, documents: np.ndarray) -> Segments:
+        return draw(
+            self.corpus, documents, max_length=self.request.max_length, pairs=self.request.nsp,
+            seed=self.request.seed, epoch=epoch,
+        )  # fmt: skip
+
+    def _speed(self, batches: DrawnBatches) -> float:
+        """Tokens a second of this process, by a copy of the model that is trained for a moment."""
+        device = resolve_device(self.request.device)
+        model = copy.deepcopy(self.model).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        seen, start = 0, time.perf_counter()
+        with torch.random.fork_rng():
+            for index, drawn in enumerate(batches):
+                batch = self.collator([self.data[key] for key in drawn])
+                batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if index == 0:  # the first one prepares much
+                    first, start = time.perf_counter() - start, time.perf_counter()
+                    tokens = batch["input_ids"].numel()
+                    if first > _PROBE_SECONDS:
+                        return tokens / first
+                    continue
+                seen += batch["input_ids"].numel()
+                if time.perf_counter() - start > _PROBE_SECONDS:
+                    break
+        return seen / (time.perf_counter() - start)
+
+    def facts(self, steps: int) -> dict[str, Any]:
+        """What the run follows from, for `RunFolder.begin`."""
+        asked = asdict(self.request)
+        for name in ("texts", "output", "cache_dir", "workers", "device", "column", "language",
+                     "tokens", "hours"):  # fmt: skip
+            asked.pop(name)
+        return {
+            **asked,
+            "steps": steps,
+            "texts": self.corpus.digest,
+            "world_size": self.world_size,
+            "_texts": list(self.request.texts),
+            "_versions": {
+                "fastbert": fastbert.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def train(
+        self,
+        plan: Plan,
+        *,
+        allow: Iterable[str] = (),
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> Verdict:
+        """Train, from the start or from the last checkpoint in the folder of the run.
+
+        Args:
+            allow: facts that may have changed since it was begun.
+            callbacks: for the Trainer.
+
+        Raises:
+            InputError, OutputError: as `RunFolder`.
+            NotFinite: the loss is not finite any more.
+            SystemExit: a signal came, and a checkpoint was written: 128 and its number.
+        """
+        with (
+            RunFolder(self.request.output, "pretrain", is_main=self.is_main) as run,
+            _stopping() as stop,
+            quiet(),
+        ):
+            begun = run.begin(self.facts(plan.steps), allow)
+            trainer = self._trainer(plan, run, [*callbacks, stop])
+            trainer.accelerator.wait_for_everyone()
+            if begun.get("steps") == plan.steps and (run.path / "final").exists():
+                return self._verdict(run, plan, None)
+            found = run.latest()
+            if found is not None:
+                trainer.go_on(*found)
+            else:
+                run.forget_after(-1)  # of a start that came to no checkpoint
+                if self.held_documents.size:
+                    trainer.evaluate()
+            trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
+            if stop.signal is not None:
+                raise SystemExit(128 + stop.signal)
+            verdict = self._verdict(run, plan, trainer.seconds.overhead)
+            trainer.save_to("final", lambda folder: self._describe(folder, plan, verdict))
+            return verdict
+
+    def _trainer(
+        self, plan: Plan, run: RunFolder, callbacks: list[TrainerCallback]
+    ) -> PretrainingTrainer:
+        request = self.request
+        device = resolve_device(request.device)
+        every = request.evaluate_every or request.save_every
+        evaluates = bool(self.held_documents.size)
+        rate = request.learning_rate or (5e-5 if request.model else 5e-4)
+        args = TrainingArguments(
+            str(run.checkpoints / ".new"),
+            max_steps=plan.steps,
+            gradient_accumulation_steps=self.passes,
+            learning_rate=rate,
+            weight_decay=0.01,
+            lr_scheduler_type="linear",
+            warmup_steps=plan.warmup_steps,
+            bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+            use_cpu=device.type == "cpu",
+            seed=request.seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_steps=request.save_every,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=every,
+            dataloader_num_workers=request.workers,
+            report_to=[],
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+        )
+        share = {"rank": args.process_index, "world_size": args.world_size, "seed": request.seed}
+        batches = DrawnBatches(
+            partial(self._draw, documents=self.train_documents),
+            request.device_tokens,
+            plan.steps * self.passes,
+            probability=mask_schedule(request.mask),
+            **share,
+        )
+        trainer = PretrainingTrainer(
+            self.model,
+            args,
+            dataset=self.data,
+            data_collator=self.collator,
+            batches=batches,
+            held_out=self._held_out(share) if evaluates else None,
+            run=run,
+            patience=request.patience,
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _held_out(self, share: dict[str, int]) -> DrawnBatches:
+        drawer = partial(self._draw, documents=self.held_documents)
+        tokens = self.request.device_tokens
+        count = len(TokenBudgetSampler(drawer(0).lengths, tokens, rank=0, world_size=1))
+        count = min(count, math.ceil(_HELD_OUT_TOKENS / tokens))
+        return DrawnBatches(drawer, tokens, max(count // share["world_size"], 1), **share)
+
+    def _verdict(self, run: RunFolder, plan: Plan, overhead: float | None) -> Verdict:
+        found = [line for line in run.metrics() if "eval_loss" in line]
+        before, after = (found[0], found[-1]) if found else (None, None)
+        return Verdict(before, after, self._most_frequent(), plan.steps, overhead)
+
+    def _most_frequent(self) -> float | None:
+        """How often the token that training has most of is right on the held-out documents."""
+        if not self.held_documents.size:
+            return None
+        size = len(self.tokenizer)
+        held = sum(
+            np.bincount(self.corpus.tokens(*self.corpus.starts[d : d + 2]), minlength=size)
+            for d in self.held_documents
+        )
+        return float(held[(self.corpus.counts(size) - held).argmax()] / held.sum())
+
+    def _describe(self, folder: Path, plan: Plan, verdict: Verdict) -> None:
+        name = self.request.model or f"a {self.request.size} model from scratch"
+        rows = "\n".join(f"| {what} | {text} |" for what, text in plan.lines() if what != "time")
+        (folder / "README.md").write_text(
+            "---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
+            f"# {Path(self.request.output).name}\n\n"
+            f"A BERT, pre-trained by `fastbert pretrain` ({fastbert.__version__}) from {name}"
+            f"{' with next-sentence prediction' if self.request.nsp else ''}, "
+            f"{self.request.mask} of the tokens masked.\n\n"
+            f"Texts: {', '.join(Path(text).name for text in self.request.texts)} "
+            f"(digest {self.corpus.digest}).\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n",
+            "utf-8",
+        )
+
+
+class Verdict(NamedTuple):
+    """What a run has come to, on the documents that are held out.
+
+    Attributes:
+        before, after: metrics of the evaluations, None where nothing is held out.
+        most_frequent: accuracy of always saying the most frequent token.
+        steps: that were trained.
+        overhead: share of the time that the model did not take; None where nothing was trained.
+    """
+
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    most_frequent: float | None
+    steps: int
+    overhead: float | None
+
+    def __str__(self) -> str:
+        if self.after is None:
+            return f"{self.steps} steps; no document was held out, so nothing was evaluated"
+        parts = [f"{self.steps} steps; held out: perplexity {self._both('perplexity', '.1f')}"]
+        parts.append(
+            f"masked tokens right {self._both('mlm_accuracy', '.1%')} "
+            f"(always the most frequent token: {self.most_frequent:.1%})"
+        )
+        if "eval_nsp_accuracy" in self.after:
+            parts.append(f"next sentences right {self._both('nsp_accuracy', '.1%')}")
+        return ", ".join(parts)
+
+    def _both(self, name: str, form: str) -> str:
+        values = (self.before[f"eval_{name}"], self.after[f"eval_{name}"])
+        return " -> ".join(format(value, form) for value in values)
+
+
+class _Stop(TrainerCallback):
+    """Ends training behind the step in which a signal came, with a checkpoint."""
+
+    signal: int | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _stopping() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM are noted, the second one acts as ever."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {}
+
+    def note(number, frame):
+        stop.signal = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tokenizer(request: Request, files: list[Path]) -> PreTrainedTokenizerBase:
+    source = request.tokenizer or request.model
+    if source is None:
+        source = _trained_tokenizer(request, files)
+    tokenizer = load_tokenizer(source)
+    for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise LoadError(
+                f"expected a tokenizer with a {name}, as BERT's, got one without in {source!r}"
+            )
+    return tokenizer
+
+
+def _trained_tokenizer(request: Request, files: list[Path]) -> Path:
+    """The folder of the run's own tokenizer, which the first process to come trains."""
+    folder = Path(request.output)
+    with writing_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "tokenizer.lock")
+        with lock:
+            if not (folder / "tokenizer").exists():
+                _train_tokenizer(request, files).save_pretrained(folder / ".new-tokenizer")
+                publish(folder / ".new-tokenizer", folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def _train_tokenizer(request: Request, files: list[Path]) -> PreTrainedTokenizerBase:
+    special = {name: i for i, name in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    empty = BertTokenizer(vocab=special, do_lower_case=not request.cased)
+    readers = (TextFile(f, None if TextFile(f).kind == "txt" else request.column) for f in files)
+    texts = (d for reader in readers for d in documents(reader) if not isinstance(d, BadRow))
+    tokenizer = empty.train_new_from_iterator(texts, request.vocab_size, show_progress=False)
+    tokenizer.model_max_length = max(request.max_length, 512)
+    return tokenizer
+
+
+def _model(request: Request, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    cls = fastbert.BertForPreTraining if request.nsp else fastbert.BertForMaskedLM
+    if request.model is not None:
+        model = load_for_training(cls.__name__, request.model, skip_logits=True)
+    elif request.size not in SIZES:
+        raise InputError(f"expected a --size of {', '.join(SIZES)}, got {request.size!r}")
+    else:
+        layers, hidden, heads = SIZES[request.size]
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=4 * hidden,
+            max_position_embeddings=max(request.max_length, 512),
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = cls(config, skip_logits=True)
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise LoadError(
+            f"expected a tokenizer of at most {config.vocab_size} tokens, the rows of the model's "
+            f"table, got {len(tokenizer)}; use the tokenizer that the model was trained with"
+        )
+    if request.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"expected a --max-length of at most {config.max_position_embeddings}, the positions "
+            f"that the model knows, got {request.max_length}"
+        )
+    return model

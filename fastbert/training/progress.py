@@ -1,0 +1,66 @@
+"""How a run goes, for who watches it: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from .pretraining import Plan
+
+__all__ = ["Shown"]
+
+_LINES = 20  # of a run without a terminal, about
+
+
+class Shown(TrainerCallback):
+    """Shows loss, accuracy, learning rate, gradient norm, speed and time left.
+
+    Args:
+        console: where.
+        plan: of the run.
+    """
+
+    def __init__(self, console: Console, plan: Plan):
+        self._every = -(-plan.steps // _LINES)
+        self._plan, self._console = plan, console
+        self._columns = TextColumn("pre-training"), BarColumn(), MofNCompleteColumn()
+        self._evaluated = ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._first = time.perf_counter(), state.global_step
+        self._bar = Progress(
+            *self._columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal or not state.is_world_process_zero,
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=self._first, text="")
+        if self._first and state.is_world_process_zero:
+            self._console.print(f"going on behind step {self._first}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.stop()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._evaluated = f" | held out: masked right {metrics['eval_mlm_accuracy']:.1%}"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        step = state.global_step
+        share = (step - self._first) / (time.perf_counter() - self._start)
+        speed = share * self._plan.tokens_per_step
+        text = (
+            f"loss {logs['loss']:.3f} | norm {logs.get('grad_norm', 0.0):.2f} "
+            f"| rate {logs['learning_rate']:.1e} | {speed:,.0f} tokens/s{self._evaluated}"
+        )
+        self._bar.update(self._task, completed=step, text=text)
+        if self._bar.disable and (step % self._every == 0 or step == state.max_steps):
+            left = (state.max_steps - step) / share
+            self._console.print(
+                f"step {step}/{state.max_steps} | {text} | {left:,.0f} s left",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip

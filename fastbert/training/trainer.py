@@ -1,0 +1,383 @@
+"""transformers' Trainer for packed batches, and for runs that may end at any moment.
+
+What Trainer does it does here too: callbacks, accelerate, schedules, clipping. What it cannot do is
+added: batches that a sampler of our own makes for every process, checkpoints that are whole or not
+there, metrics of every step that are the same whether a run was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..tasks.durable import write_json
+from ..tasks.errors import TaskError
+from .collating import check_packs
+from .masking import IGNORED
+from .run_folder import RunFolder, writing_in
+from .sampling import TokenBudgetSampler
+from .segments import Drawn, Segments
+
+__all__ = ["DrawnBatches", "NotFinite", "PretrainingTrainer"]
+
+
+class NotFinite(TaskError):
+    """The loss is no number any more; the last checkpoint is from before."""
+
+
+class DrawnBatches(Sampler[list[Drawn]]):
+    """The batches of a whole run, epoch after epoch, each of at most ``tokens`` tokens.
+
+    The stream of batches is one for all processes, which take turns: so many steps of so many
+    batches are the same on one process and on several.
+
+    Args:
+        draw: the examples of an epoch.
+        tokens: of a batch at most.
+        count: batches of this process.
+        seed: of the order.
+        rank, world_size: which process this is, of how many.
+        probability: share of the tokens to be masked, by the share of the run that is over.
+
+    Attributes:
+        done: batches that this process was given before; of these `__iter__` gives empty ones,
+            for Trainer to skip.
+        starts: where in the stream each epoch that is known by now begins.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int], Segments],
+        tokens: int,
+        count: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        probability: Callable[[float], float] = lambda share: 0.15,
+    ):
+        self._draw, self._tokens, self._seed = draw, tokens, seed
+        self._count, self._rank, self._world_size = count, rank, world_size
+        self._probability = probability
+        self.done = 0
+        self.starts = [0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[Drawn]]:
+        yield from ([] for _ in range(self.done))
+        left = self._count - self.done
+        for place, segments, epoch, batch in self._stream(self.done * self._world_size):
+            if left == 0:
+                return
+            if place % self._world_size == self._rank:
+                left -= 1
+                yield self._drawn(segments, epoch, batch, place)
+
+    def _stream(self, start: int) -> Iterator[tuple[int, Segments, int, list[int]]]:
+        """The batches of all processes from one on: place, examples of the epoch, epoch, and which
+        of them."""
+        epoch = max(e for e, first in enumerate(self.starts) if first <= start)
+        while True:
+            segments = self._draw(epoch)
+            batches = TokenBudgetSampler(
+                segments.lengths, self._tokens, seed=self._seed, epoch=epoch, rank=0, world_size=1
+            )
+            first = self.starts[epoch]
+            if epoch + 1 == len(self.starts):
+                self.starts.append(first + len(batches))
+            skipped = min(max(start - first, 0), len(batches))
+            batches.resume(epoch, skipped)
+            for place, batch in enumerate(batches, first + skipped):
+                yield place, segments, epoch, batch
+            epoch += 1
+
+    def _drawn(self, segments: Segments, epoch: int, batch: list[int], place: int) -> list[Drawn]:
+        probability = self._probability(place / (self._count * self._world_size))
+        return [
+            Drawn(
+                epoch,
+                index,
+                tuple(segments.a[index].tolist()),
+                tuple(segments.b[index].tolist()),
+                int(segments.random[index]),
+                probability,
+            )
+            for index in batch
+        ]
+
+
+class PretrainingTrainer(Trainer):
+    """Trains a masked-LM model, with next-sentence prediction or without, on drawn segments.
+
+    Args:
+        model: a `fastbert.BertForPreTraining` or `fastbert.BertForMaskedLM`.
+        args: of transformers; `run` says where things go.
+        dataset: `fastbert.training.SegmentDataset`, by what the samplers draw.
+        data_collator: `fastbert.training.PackedCollator` with a masking.
+        batches: of the run.
+        held_out: of an evaluation, or None.
+        run: where checkpoints, metrics and the best model go.
+        patience: evaluations without a better loss after which the run ends.
+        options: of `transformers.Trainer`.
+
+    Raises:
+        TypeError: a model that would let packed sequences attend to each other.
+        NotFinite: while training, a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        dataset: Dataset,
+        data_collator: Callable,
+        batches: DrawnBatches,
+        held_out: DrawnBatches | None,
+        run: RunFolder,
+        patience: int | None = None,
+        **options: Any,
+    ):
+        check_packs(model)
+        held_out_data = None if held_out is None else dataset  # Trainer wants one to evaluate
+        super().__init__(model, args, data_collator, dataset, held_out_data, **options)
+        self.batches, self.held_out, self.run, self.patience = batches, held_out, run, patience
+        self.seconds = Seconds()
+        self._noted: list[Tensor] = []
+        self.add_callback(_EachStep(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.batches)
+
+    def _loader(self, batches: DrawnBatches) -> DataLoader:
+        # Not accelerator.prepare's: it would share batches out that are shared out already.
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+            # Or making workers would take a number from the one that dropout uses.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.seconds.of("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        with self.seconds.of("model"):
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        relation = outputs.get("seq_relationship_logits")
+        counts = [inputs["input_ids"].new_tensor(inputs["input_ids"].numel())]
+        counts.append((inputs["labels"] != IGNORED).sum())
+        if relation is not None:
+            right = relation.argmax(-1) == inputs["next_sentence_label"]
+            counts += [right.sum(), counts[0].new_tensor(len(right))]
+        self._noted.append(torch.stack(counts))
+        return (loss, outputs) if return_outputs else loss
+
+    def take_notes(self) -> dict[str, float]:
+        """What was counted since the last time, of all processes."""
+        counts = self.accelerator.reduce(torch.stack(self._noted).sum(0)).tolist()
+        self._noted.clear()
+        notes = {"tokens": counts[0], "masked": counts[1]}
+        if len(counts) > 2:
+            notes["nsp_accuracy"] = counts[2] / counts[3]
+        return notes
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, accuracy and perplexity on the documents that are held out."""
+        if self.held_out is None:
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        with self.seconds.of("evaluation"), torch.no_grad():
+            for inputs in self._loader(self.held_out):
+                sums += _scores(model, self._prepare_inputs(inputs)).to(sums)
+        model.train(was_training)
+        mlm, right, count, nsp, nsp_right, pairs = self.accelerator.reduce(sums).tolist()
+        found = {
+            "loss": mlm / count + nsp / max(pairs, 1),
+            "mlm_loss": mlm / count,
+            "perplexity": math.exp(min(mlm / count, 700)),
+            "mlm_accuracy": right / count,
+        }
+        if pairs:
+            found |= {"nsp_loss": nsp / pairs, "nsp_accuracy": nsp_right / pairs}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def keep_best(self, loss: float) -> None:
+        """Save the model if no evaluation was better; end the run after too many that are not."""
+        if self.state.best_metric is None or loss < self.state.best_metric:
+            self.state.best_metric = loss
+            self.save_to("best")
+        if self.patience is not None:
+            losses = [x["eval_loss"] for x in self.run.metrics() if "eval_loss" in x]
+            if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+                self.control.should_training_stop = True
+
+    def save_to(self, name: str, add: Callable[[Path], object] | None = None) -> None:
+        """Save the model in the folder of the run; ``add`` puts more beside it."""
+        with writing_in(self.run.path):
+            self._publish(name, add)
+
+    def _publish(self, name: str, add: Callable[[Path], object] | None) -> None:
+        new = self.run.new(name)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(new))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to users
+            if add is not None:
+                add(new)
+            self.run.publish(name)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.seconds.of("checkpoint"), writing_in(self.run.path):
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)  # into args.output_dir, which is nobody's yet
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            written = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            write_json(written / "batches.json", self.batches.starts)
+            self.run.keep_checkpoint(written, step)
+        self.accelerator.wait_for_everyone()
+
+    def go_on(self, step: int, checkpoint: Path) -> None:
+        """Let the next `train` go on behind a checkpoint: ``train(str(checkpoint))``."""
+        self.batches.done = step * self.args.gradient_accumulation_steps
+        self.batches.starts = json.loads((checkpoint / "batches.json").read_text("utf-8"))
+        self.run.forget_after(step)
+
+
+class Seconds:
+    """Where the time of a run goes, on the host."""
+
+    def __init__(self):
+        self.spent: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self.spent.clear()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def overhead(self) -> float | None:
+        """Share of the time that training steps did not take, evaluations and checkpoints left out;
+        None before the first step."""
+        if "model" not in self.spent:
+            return None
+        apart = self.spent.get("evaluation", 0.0) + self.spent.get("checkpoint", 0.0)
+        return 1 - self.spent["model"] / (time.perf_counter() - self._start - apart)
+
+
+class _EachStep(TrainerCallback):
+    """Writes what Trainer says of each step, and refuses to go on without a finite loss."""
+
+    def __init__(self, trainer: PretrainingTrainer):
+        self._trainer = trainer
+        self._last = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last = time.perf_counter()
+        self._trainer.seconds.begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._before = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        spent = self._trainer.seconds.spent
+        spent["model"] = spent.get("model", 0.0) + time.perf_counter() - self._before
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        state.log_history.clear()  # it would be written with every checkpoint; metrics have it
+        line = {"step": state.global_step}
+        if "loss" in logs:
+            now = time.perf_counter()
+            names = ("loss", "grad_norm", "learning_rate")
+            line |= {name: logs[name] for name in names if name in logs}
+            line |= self._trainer.take_notes()
+            line |= {"seconds": now - self._last}
+            self._last = now
+        elif "eval_loss" in logs:
+            line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
+        else:
+            return
+        if state.is_world_process_zero:
+            self._trainer.run.log([line])
+        if not math.isfinite(line.get("loss", 0.0)):
+            raise NotFinite(
+                f"expected a finite loss, got {line['loss']} in step {state.global_step}; the last "
+                "checkpoint is from before. Go on from it with a lower learning rate"
+            )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._trainer.keep_best(metrics["eval_loss"])
+
+
+def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Of a batch: summed masked-LM loss, right and all masked tokens; the same of its pairs."""
+    labels = inputs.pop("labels")
+    relations = inputs.pop("next_sentence_label", None)
+    outputs = model.base_model(**inputs)
+    chosen = labels != IGNORED
+    scores = model.cls.predictions(outputs.last_hidden_state[chosen]).float()
+    labels = labels[chosen]
+    found = _summed(scores, labels)
+    if relations is None:
+        return torch.cat([found, torch.zeros_like(found)])
+    relation = model.cls.seq_relationship(outputs.pooler_output).float()
+    return torch.cat([found, _summed(relation, relations)])
+
+
+def _summed(scores: Tensor, labels: Tensor) -> Tensor:
+    """``[3]``: summed loss, how many are right, how many there are."""
+    loss = F.cross_entropy(scores, labels, reduction="sum")
+    right = (scores.argmax(-1) == labels).sum()
+    return torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])

@@ -1,0 +1,492 @@
+"""Pre-training runs: what is trained, what is written, and that no end of a process changes it."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import tiny_config
+
+import fastbert
+from fastbert.tasks.errors import InputError, LoadError, OutputError
+from fastbert.training import Corpus, Masking, PackedCollator, SegmentDataset, draw
+from fastbert.training import pretraining as module
+from fastbert.training.pretraining import Request, mask_schedule, prepare
+from fastbert.training.run_folder import RunFolder
+from fastbert.training.trainer import DrawnBatches, NotFinite
+
+pytestmark = [
+    pytest.mark.usefixtures("on_torch"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+WORDS = ("paris", "is", "the", "capital", "of", "france", "rome", "italy", "madrid", "spain")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    random = np.random.default_rng(0)
+    documents = [
+        "\n".join(
+            " ".join(random.choice(WORDS, random.integers(2, 16))) + "."
+            for _ in range(random.integers(2, 24))
+        )
+        for _ in range(60)
+    ]
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setitem(module.SIZES, "tiny", (2, 32, 2))
+    monkeypatch.setattr(module, "_PROBE_BATCHES", 2)
+
+
+@pytest.fixture
+def request_for(texts, cache, tiny_folder, tmp_path):
+    def make(output="run", **options):
+        options = {
+            "size": "tiny", "tokenizer": str(tiny_folder), "steps": 8, "batch_tokens": 512,
+            "device_tokens": 256, "max_length": 40, "held_out": 0.1, "save_every": 3,
+            "device": "cpu", "cache_dir": cache, "texts": (str(texts),), **options,
+        }  # fmt: skip
+        return Request(output=str(tmp_path / output), **options)
+
+    return make
+
+
+@pytest.fixture
+def pretrain(request_for):
+    def call(output="run", *, callbacks=(), allow=(), **options):
+        pretraining = prepare(request_for(output, **options))
+        pretraining.train(pretraining.plan(), callbacks=callbacks, allow=allow)
+        return pretraining
+
+    return call
+
+
+class At(transformers.TrainerCallback):
+    """Does something behind a step, once."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+def metrics_of(folder):
+    """Without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    first, second = weights_of(one / "final"), weights_of(other / "final")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys()
+    states = [
+        torch.load(max((run / "checkpoints").iterdir()) / "optimizer.pt") for run in (one, other)
+    ]
+    for mine, theirs in zip(*(state["state"].values() for state in states), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert metrics_of(one) == metrics_of(other)
+
+
+def test_a_run(pretrain, tmp_path):
+    pretrain()
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "best", "checkpoints", "final", "lock", "metrics.jsonl", "run.json",
+    }  # fmt: skip
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-6", "step-8"}
+    lines = metrics_of(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6, 8]
+    assert steps[-1]["loss"] < steps[0]["loss"] and all(s["tokens"] <= 512 for s in steps)
+    assert steps[0].keys() == {
+        "step", "loss", "grad_norm", "learning_rate", "tokens", "masked", "nsp_accuracy",
+    }  # fmt: skip
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["steps"] == 8 and facts["_versions"]["torch"] == torch.__version__
+    card = (run / "final" / "README.md").read_text()
+    assert "8 steps; held out: perplexity" in card and "texts.txt" in card
+    for folder in ("best", "final"):
+        assert not list((run / folder).glob("*.bin")), "pickles"
+        model = transformers.BertForPreTraining.from_pretrained(run / folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run / folder)
+        fill = transformers.pipeline("fill-mask", model=str(run / folder))
+        assert model.config.vocab_size == len(tokenizer) and len(fill("paris is [MASK]")) == 5
+
+
+def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
+    pretrain()
+    before = (tmp_path / "run/metrics.jsonl").read_text(), weights_of(tmp_path / "run/final")
+    pretrain()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in weights_of(tmp_path / "run/final").items())
+
+
+@pytest.mark.parametrize(
+    ("step", "workers"), [(1, 0), (3, 0), (4, 2), (7, 0)], ids=lambda p: str(p)
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, step, workers, number):
+    if number == signal.SIGINT and step != 4:
+        pytest.skip("the same code")
+    pretrain("whole")
+    with pytest.raises(SystemExit) as stop:
+        pretrain("parts", callbacks=[At(step, lambda: os.kill(os.getpid(), number))])
+    assert stop.value.code == 128 + number
+    assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == step
+    assert not (tmp_path / "parts" / "final").exists()
+    pretrain("parts", workers=workers)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_signal_ends_at_once(pretrain):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(callbacks=[At(2, twice)])
+
+
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import fastbert.tasks.durable as durable
+import fastbert.training.run_folder as run_folder
+from fastbert.training import pretraining
+from fastbert.training.pretraining import Request, prepare
+
+pretraining.SIZES["tiny"] = (2, 32, 2)
+pretraining._PROBE_BATCHES = 2
+moments = {"publish": 0, "to_disk": 0, "remove": 0}
+name, count = sys.argv[3].split(":")
+original = getattr(run_folder, name)
+
+def deadly(*args, **kwargs):
+    moments[name] += 1
+    if moments[name] == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(run_folder, name, deadly)
+pretrained = prepare(Request(**eval(sys.argv[1])))
+pretrained.train(pretrained.plan())
+"""
+
+
+def in_a_process(*arguments):
+    """As users have it, without the interpreter of kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["publish:2", "publish:4", "remove:1", "to_disk:4"])
+def test_killed_at_any_moment(pretrain, request_for, tmp_path, moment):
+    """In the middle of a checkpoint and of a model too."""
+    from dataclasses import asdict
+
+    pretrain("whole")
+    arguments = [repr(asdict(request_for("parts"))), os.getcwd(), moment]
+    done = in_a_process("-c", PROGRAM, *arguments)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    pretrain("parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not list((tmp_path / "parts").rglob(".*")), "something was left behind"
+
+
+def test_a_full_disk_loses_nothing(pretrain, tmp_path, monkeypatch):
+    pretrain("whole")
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-6" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OutputError, match="No space left on device; what was complete"):
+            pretrain("parts")
+    assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == 3
+    pretrain("parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch):
+    broken = []
+
+    def breaks():
+        with torch.no_grad():
+            broken[0].bert.embeddings.LayerNorm.weight.fill_(float("nan"))
+
+    make = module._model
+    monkeypatch.setattr(module, "_model", lambda *args: broken.append(make(*args)) or broken[0])
+    with pytest.raises(NotFinite, match="got nan in step 5; the last checkpoint"):
+        pretrain(callbacks=[At(4, breaks)])
+    assert RunFolder(tmp_path / "run", "pretrain").latest()[0] == 3
+
+
+def test_what_changed_is_refused(pretrain, texts, tmp_path):
+    with pytest.raises(SystemExit):
+        pretrain(callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    with pytest.raises(InputError, match=r"learning_rate was None and is 0.1; seed was 0 and is 5"):
+        pretrain(seed=5, learning_rate=0.1)
+    more = tmp_path / "more.txt"
+    more.write_text(texts.read_text() + "\n\nrome is.")
+    with pytest.raises(InputError, match=r"texts was '\w+' and is '\w+'"):
+        pretrain(texts=(str(more),))
+    pretrain(learning_rate=0.1, allow=["learning_rate"])
+
+
+def test_folders_of_others(pretrain, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds 'thesis.tex' and no run.json"):
+        pretrain("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"kind": "finetune"}')
+    with pytest.raises(
+        InputError, match=r"a run of fastbert pretrain .* got one of fastbert finet"
+    ):
+        pretrain("other")
+    with RunFolder(tmp_path / "busy", "pretrain"), pytest.raises(OutputError, match="alone"):
+        pretrain("busy")
+
+
+def test_patience(pretrain, tmp_path):
+    """A learning rate at which nothing gets better for long."""
+    pretrain(steps=40, evaluate_every=1, patience=2, learning_rate=3.0, save_every=100)
+    losses = [line["eval_loss"] for line in metrics_of(tmp_path / "run") if "eval_loss" in line]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 41
+    steps = [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line]
+    assert steps[-1] == len(losses) - 1
+
+
+def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts, cache):
+    pretrain(nsp=False, tokenizer=None, vocab_size=60, whole_words=True, steps=3)
+    line = metrics_of(tmp_path / "run")[-1]
+    assert "eval_nsp_accuracy" not in line and "eval_mlm_accuracy" in line
+    assert (tmp_path / "run/tokenizer/tokenizer.json").exists()
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run/final")
+    assert type(model) is transformers.BertForMaskedLM
+
+
+def test_going_on_from_a_checkpoint(pretrain, tiny_folder, tmp_path):
+    """An encoder without heads gets new ones."""
+    pretrain(model=str(tiny_folder), tokenizer=None, steps=2, learning_rate=1e-6)
+    before = weights_of(tiny_folder)
+    after = weights_of(tmp_path / "run/final")
+    for name, value in before.items():
+        if not name.startswith("pooler"):
+            torch.testing.assert_close(after[f"bert.{name}"], value, atol=1e-4, rtol=0)
+
+
+def test_steps_from_tokens_and_hours(request_for):
+    plan = prepare(request_for(steps=None, tokens=20_000)).plan()
+    assert plan.steps * plan.tokens_per_step <= 20_000 < (plan.steps + 1) * plan.tokens_per_step
+    assert 0.9 * 512 < plan.tokens_per_step <= 512 and plan.passes_per_step == 2
+    pretraining = prepare(request_for(steps=None, hours=0.01))
+    plan = pretraining.plan()
+    assert plan.seconds == pytest.approx(36, rel=0.1)
+    with RunFolder(pretraining.request.output, "pretrain") as run:
+        run.begin(pretraining.facts(plan.steps))
+    assert prepare(request_for(steps=None, hours=0.01)).plan().steps == plan.steps, "as begun"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": None}, InputError, "one of --tokens, --steps and --hours"),
+        ({"tokens": 9}, InputError, "one of --tokens, --steps and --hours"),
+        (
+            {"batch_tokens": 30},
+            InputError,
+            "at least --max-length 40 tokens, got --batch-tokens 30",
+        ),
+        ({"max_length": 513, "device_tokens": 600, "batch_tokens": 600}, None, None),
+        ({"mask": "1.5"}, InputError, "a share such as 0.15.* got '1.5'"),
+        ({"mask": "a:b"}, InputError, "got 'a:b'"),
+        ({"size": "huge"}, InputError, "a --size of tiny, .* got 'huge'"),
+        ({"texts": ("/nowhere/x.txt",)}, InputError, "got none; name files"),
+        ({"model": "/nowhere"}, LoadError, "cannot|expected"),
+    ],
+)
+def test_what_cannot_be(request_for, options, error, message):
+    if error is None:
+        assert prepare(request_for(**options)).model.config.max_position_embeddings == 513
+        return
+    with pytest.raises(error, match=message):
+        prepare(request_for(**options))
+
+
+def test_texts_that_are_too_few(request_for, tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text("paris is the capital of france. rome is the capital of italy.")
+    pretraining = prepare(request_for(texts=(str(one),)))
+    with pytest.raises(InputError, match=r"two documents or more for next-sentence .* --no-nsp"):
+        pretraining.plan()
+    pretraining = prepare(request_for(texts=(str(one),), nsp=False, steps=2))
+    verdict = pretraining.train(pretraining.plan())
+    assert str(verdict) == "2 steps; no document was held out, so nothing was evaluated"
+    with pytest.raises(InputError, match=r"at least the \d+ tokens of one step, got 3"):
+        prepare(request_for(texts=(str(one),), nsp=False, steps=None, tokens=3)).plan()
+
+
+def test_models_that_do_not_fit(request_for, tiny_folder, tmp_path):
+    with pytest.raises(InputError, match=r"--max-length of at most 40.* got 41"):
+        prepare(request_for(model=str(tiny_folder), max_length=41))
+    fastbert.BertModel(tiny_config(vocab_size=50)).save_pretrained(tmp_path / "few")
+    with pytest.raises(LoadError, match=r"at most 50 tokens, .* got 99"):
+        prepare(request_for(model=str(tmp_path / "few")))
+
+
+def test_mask_schedule():
+    falls = mask_schedule("0.30:0.10")
+    assert [falls(x) for x in (0, 0.5, 1)] == pytest.approx([0.3, 0.2, 0.1])
+    assert mask_schedule("0.15")(0.7) == pytest.approx(0.15)
+
+
+def test_a_falling_share_is_masked(pretrain, tmp_path):
+    pretrain(mask="0.5:0.1", steps=10)
+    shares = [m["masked"] / m["tokens"] for m in metrics_of(tmp_path / "run") if "masked" in m]
+    assert shares[0] > 0.4 and shares[-1] < 0.17
+
+
+def parts(texts, cache, tiny_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    corpus = Corpus.prepare([texts], tokenizer, cache_dir=cache)
+    drawer = functools.partial(
+        lambda epoch: draw(corpus, np.arange(corpus.num_documents), max_length=40, epoch=epoch)
+    )
+    return drawer, SegmentDataset(corpus, tokenizer, pairs=True), Masking(tokenizer)
+
+
+def test_batches_of_a_run(texts, cache, tiny_folder):
+    drawer, _, _ = parts(texts, cache, tiny_folder)
+    batches = DrawnBatches(drawer, 256, 200)
+    drawn = list(batches)
+    assert len(drawn) == 200 == len(batches) and len(batches.starts) > 2
+    second, third = batches.starts[1:3]
+    for epoch, (start, end) in enumerate(((0, second), (second, third))):
+        keys = [key for batch in drawn[start:end] for key in batch]
+        assert {key.epoch for key in keys} == {epoch}
+        assert sorted(key.example for key in keys) == list(range(len(drawer(epoch))))
+    shares = [list(DrawnBatches(drawer, 256, 50, rank=r, world_size=4)) for r in range(4)]
+    assert [batch for step in zip(*shares, strict=True) for batch in step] == drawn
+    for done in (0, 1, second, second + 3, 199, 200):
+        resumed = DrawnBatches(drawer, 256, 200)
+        resumed.done, resumed.starts = done, list(batches.starts)
+        again = list(resumed)
+        assert again[:done] == [[]] * done and again[done:] == drawn[done:]
+        fresh = DrawnBatches(drawer, 256, 200)
+        fresh.done = done
+        assert list(fresh)[done:] == drawn[done:], "also where no epoch is known yet"
+
+
+@pytest.mark.slow
+def test_the_losses_of_transformers(texts, cache, tiny_folder):
+    """50 steps with the same batches: packed here, padded there."""
+    drawer, dataset, masking = parts(texts, cache, tiny_folder)
+    config = tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(0)
+    theirs = transformers.BertForPreTraining(config)
+    ours = fastbert.BertForPreTraining(config, skip_logits=True)
+    ours.load_state_dict(theirs.state_dict())
+    losses = []
+    for model, collator in (
+        (theirs, PackedCollator(padded=True, masking=masking)),
+        (ours, PackedCollator(ours, masking=masking)),
+    ):
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
+        losses.append([])
+        for keys in DrawnBatches(drawer, 256, 50):
+            loss = model(**collator([dataset[key] for key in keys])).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
+    """Without dropout, which draws in each process for itself."""
+    from dataclasses import asdict
+
+    config = functools.partial(
+        transformers.BertConfig, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    monkeypatch.setattr(module, "BertConfig", config)
+    pretrain("one")
+    program = PROGRAM.replace(
+        "pretrained = prepare",
+        "import functools, transformers\n"
+        "pretraining.BertConfig = functools.partial(transformers.BertConfig, "
+        "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)\npretrained = prepare",
+    )
+    (tmp_path / "program.py").write_text(program)
+    arguments = [repr(asdict(request_for("two"))), os.getcwd(), "publish:0"]
+    done = in_a_process(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        str(tmp_path / "program.py"), *arguments,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (weights_of(tmp_path / name / "final") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4)
+    for mine, theirs in zip(
+        *([m for m in metrics_of(tmp_path / name) if "loss" in m] for name in ("one", "two")),
+        strict=True,
+    ):
+        assert (mine["tokens"], mine["masked"]) == (theirs["tokens"], theirs["masked"])
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_the_command(run, texts, cache, tiny_folder, tmp_path):
+    arguments = [
+        "pretrain", texts, "-o", tmp_path / "run", "--size", "tiny", "--tokenizer", tiny_folder,
+        "--steps", 4, "--batch-tokens", "0.5k", "--max-length", 40, "--held-out", 0.1,
+        "--save-every", 2, "--device", "cpu", "--cache-dir", cache,
+    ]  # fmt: skip
+    code, out, err = run(*arguments, "--dry-run")
+    assert code == 0 and out == "" and not (tmp_path / "run").exists()
+    for told in ("documents: 54, 6 more held out", "steps: 4 of 1 passes", "would be padding"):
+        assert told in err
+    code, out, err = run(*arguments)
+    assert code == 0 and "held out: perplexity" in out and out.count("\n") == 1
+    assert "step 4/4 | loss" in err and "tokens/s" in err and "time outside the model: " in err
+    code, _, err = run(*arguments, "--seed", 3)
+    assert code == 3 and "seed was 0 and is 3" in err
+    code, _, err = run(*arguments[:-6], "--batch-tokens", "many")
+    assert code == 2 and "such as 32k or 100M" in err
