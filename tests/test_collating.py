@@ -99,6 +99,15 @@ def test_as_many_labels_as_tokens_by_chance():
         PackedCollator(padded=True, labels="word")
 
 
+def test_answers_are_padded():
+    rows = examples(start_positions=lambda i, n: 0, end_positions=lambda i, n: n - 1)
+    ours = model("BertForQuestionAnswering")
+    batch = PackedCollator(padded=True)(rows)
+    assert batch["end_positions"].tolist() == [8, 3, 11, 0] and ours(**batch).loss > 0
+    with pytest.raises(ValueError, match=r"no start_positions and end_positions .*padded=True"):
+        PackedCollator(ours)(rows)
+
+
 def test_padding_that_examples_bring_is_left_out():
     rows = examples(labels=of_tokens)
     wide = [

@@ -189,6 +189,21 @@ def test_half_of_the_pairs_are_wrong_and_a_tenth_are_short(prepare, tmp_path):
     assert len(set(others)) == 40, "any other document may follow"
 
 
+def test_lengths_do_not_give_the_answer_away(prepare, tmp_path):
+    """Nor where segments end: who can tell right from wrong by that learns nothing else."""
+    words = {"documents": 80, "sentences": (20, 120), "words": (1, 40)}
+    corpus = prepare(written(tmp_path / "a.txt", made_up(**words)))
+    for max_length in (64, 128):
+        drawn = draw(corpus, np.arange(80), max_length=max_length)
+        wrong, sizes = drawn.random == 1, drawn.b[:, 1] - drawn.b[:, 0]
+        for lengths in (drawn.lengths, sizes, drawn.a[:, 1] - drawn.a[:, 0]):
+            pairs = wrong.sum() * (~wrong).sum()
+            above = stats.mannwhitneyu(lengths[wrong], lengths[~wrong]).statistic / pairs
+            assert abs(above - 0.5) < 0.06, max_length
+        whole = np.isin(drawn.b[:, 1], corpus.sentences)
+        assert abs(whole[wrong].mean() - whole[~wrong].mean()) < 0.06
+
+
 def test_epochs_differ_and_an_epoch_is_always_the_same(corpus):
     everything = np.arange(corpus.num_documents)
     first, same, other, seed = (

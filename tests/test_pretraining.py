@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
 
     def breaks():
         with torch.no_grad():
-            broken[0].bert.embeddings.LayerNorm.weight.fill_(float("nan"))
+            broken[0][0].bert.embeddings.LayerNorm.weight.fill_(float("nan"))
 
     make = module._model
     monkeypatch.setattr(module, "_model", lambda *args: broken.append(make(*args)) or broken[0])
@@ -303,7 +303,8 @@ def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts,
 
 def test_going_on_from_a_checkpoint(pretrain, tiny_folder, tmp_path):
     """An encoder without heads gets new ones."""
-    pretrain(model=str(tiny_folder), tokenizer=None, steps=2, learning_rate=1e-6)
+    done = pretrain(model=str(tiny_folder), tokenizer=None, steps=2, learning_rate=1e-6)
+    assert done.new and all(name.startswith("cls.") for name in done.new)
     before = weights_of(tiny_folder)
     after = weights_of(tmp_path / "run/final")
     for name, value in before.items():
@@ -449,19 +450,31 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(module, "BertConfig", config)
     pretrain("one")
+    callback = (
+        "from transformers import TrainerCallback\n"
+        "class At(TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        if os.environ['RANK'] == os.environ['STOPS'] and state.global_step == 4:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
     program = PROGRAM.replace(
         "pretrained = prepare",
         "import functools, transformers\n"
         "pretraining.BertConfig = functools.partial(transformers.BertConfig, "
-        "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)\npretrained = prepare",
-    )
+        "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)\n"
+        + callback
+        + "pretrained = prepare",
+    ).replace("train(pretrained.plan())", "train(pretrained.plan(), callbacks=[At()])")
     (tmp_path / "program.py").write_text(program)
     arguments = [repr(asdict(request_for("two"))), os.getcwd(), "publish:0"]
-    done = in_a_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-        str(tmp_path / "program.py"), *arguments,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for stops, codes in (("1", {1}), ("", {0})):  # first one of them gets a signal
+        monkeypatch.setenv("STOPS", stops)
+        done = in_a_process(
+            "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+            str(tmp_path / "program.py"), *arguments,
+        )  # fmt: skip
+        assert done.returncode in codes, done.stderr[-3000:]
+        assert RunFolder(tmp_path / "two", "pretrain").latest()[0] == (4 if stops else 8)
     one, two = (weights_of(tmp_path / name / "final") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4)

@@ -132,11 +132,14 @@ def load_model(
 
 def load_for_training(
     class_name: str, source: str | Path, *, allow_pickle: bool = False, **kwargs: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """A drop-in model in fp32 to be trained on, whose heads may be new.
 
     Args:
         class_name, source, allow_pickle, kwargs: as in `load_model`.
+
+    Returns:
+        The model, and what of it the checkpoint does not have.
 
     Raises:
         LoadError: as `load_model`, or an encoder that is not complete.
@@ -150,7 +153,7 @@ def load_for_training(
             **kwargs,
         )
     _check_complete(report, class_name, source, ("cls.", "classifier.", "bert.pooler."))
-    return model
+    return model, sorted(report["missing_keys"])
 
 
 def load_sentence_transformer(

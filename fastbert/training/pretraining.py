@@ -150,6 +150,7 @@ class Plan(NamedTuple):
     mean_length: float
     padding_removed: float
     parameters: int
+    new: tuple[str, ...]
     steps: int
     tokens_per_step: float
     passes_per_step: int
@@ -172,6 +173,9 @@ class Plan(NamedTuple):
             ),
         )
         yield "parameters", f"{self.parameters:,}"
+        if self.new:
+            shown = ", ".join(self.new[:2])
+            yield "new", f"{len(self.new)} that the checkpoint does not have ({shown}, ...)"
         yield (
             "steps",
             (
@@ -222,7 +226,7 @@ def prepare(request: Request) -> Pretraining:
         cache_dir=request.cache_dir,
     )
     transformers.set_seed(request.seed)
-    return Pretraining(request, tokenizer, corpus, _model(request, tokenizer))
+    return Pretraining(request, tokenizer, corpus, *_model(request, tokenizer))
 
 
 class Pretraining:
@@ -234,8 +238,10 @@ class Pretraining:
         tokenizer: PreTrainedTokenizerBase,
         corpus: Corpus,
         model: PreTrainedModel,
+        new: list[str],
     ):
         self.request, self.tokenizer, self.corpus, self.model = request, tokenizer, corpus, model
+        self.new = new  # parameters that the checkpoint did not have
         few = corpus.num_documents < (4 if request.nsp else 2)
         share = 0.0 if few else request.held_out
         self.train_documents, self.held_documents = corpus.split(share, request.seed)
@@ -274,6 +280,7 @@ class Pretraining:
             mean_length=float(lengths.mean()),
             padding_removed=1 - tokens / (len(lengths) * int(lengths.max())),
             parameters=sum(p.numel() for p in self.model.parameters()),
+            new=tuple(self.new),
             steps=steps,
             tokens_per_step=per_step,
             passes_per_step=self.passes,
@@ -372,7 +379,7 @@ class Pretraining:
             quiet(),
         ):
             begun = run.begin(self.facts(plan.steps), allow)
-            trainer = self._trainer(plan, run, [*callbacks, stop])
+            trainer = self._trainer(plan, run, stop, [*callbacks])
             trainer.accelerator.wait_for_everyone()
             if begun.get("steps") == plan.steps and (run.path / "final").exists():
                 return self._verdict(run, plan, None)
@@ -384,14 +391,14 @@ class Pretraining:
                 if self.held_documents.size:
                     trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
-            if stop.signal is not None:
-                raise SystemExit(128 + stop.signal)
+            if trainer.stopped:
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             verdict = self._verdict(run, plan, trainer.seconds.overhead)
             trainer.save_to("final", lambda folder: self._describe(folder, plan, verdict))
             return verdict
 
     def _trainer(
-        self, plan: Plan, run: RunFolder, callbacks: list[TrainerCallback]
+        self, plan: Plan, run: RunFolder, stop: _Stop, callbacks: list[TrainerCallback]
     ) -> PretrainingTrainer:
         request = self.request
         device = resolve_device(request.device)
@@ -436,6 +443,7 @@ class Pretraining:
             held_out=self._held_out(share) if evaluates else None,
             run=run,
             patience=request.patience,
+            stop=lambda: stop.signal is not None,
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
@@ -513,14 +521,10 @@ class Verdict(NamedTuple):
         return " -> ".join(format(value, form) for value in values)
 
 
-class _Stop(TrainerCallback):
-    """Ends training behind the step in which a signal came, with a checkpoint."""
+class _Stop:
+    """Which signal came, if one did."""
 
     signal: int | None = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.signal is not None:
-            control.should_save = control.should_training_stop = True
 
 
 @contextmanager
@@ -582,10 +586,12 @@ def _train_tokenizer(request: Request, files: list[Path]) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _model(request: Request, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _model(
+    request: Request, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, list[str]]:
     cls = fastbert.BertForPreTraining if request.nsp else fastbert.BertForMaskedLM
     if request.model is not None:
-        model = load_for_training(cls.__name__, request.model, skip_logits=True)
+        model, new = load_for_training(cls.__name__, request.model, skip_logits=True)
     elif request.size not in SIZES:
         raise InputError(f"expected a --size of {', '.join(SIZES)}, got {request.size!r}")
     else:
@@ -596,7 +602,7 @@ def _model(request: Request, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
             max_position_embeddings=max(request.max_length, 512),
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        model = cls(config, skip_logits=True)
+        model, new = cls(config, skip_logits=True), []
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise LoadError(
@@ -608,4 +614,4 @@ def _model(request: Request, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
             f"expected a --max-length of at most {config.max_position_embeddings}, the positions "
             f"that the model knows, got {request.max_length}"
         )
-    return model
+    return model, new

@@ -24,6 +24,7 @@ from .corpus import Corpus
 
 __all__ = ["Drawn", "SegmentDataset", "Segments", "draw"]
 
+_PLACES = 8  # that are tried for a wrong next sentence that fits
 SHORT = 0.1  # share of examples that want a shorter length
 SPECIAL_TOKENS = {True: 3, False: 2}  # of a pair [CLS] A [SEP] B [SEP], of a segment [CLS] A [SEP]
 
@@ -101,6 +102,7 @@ def draw(
                 random.append(0)
                 i = j
                 continue
+            j = min(max(j, i + 2), last)  # two sentences always fit, each has at most half the room
             cut = i + chance.between(1, j - i - 1) if j - i > 1 else j
             wrong = cut == j or chance.number() < 0.5
             a.extend((ends[i], ends[cut]))
@@ -108,7 +110,11 @@ def draw(
                 other = chance.below(len(documents) - 1)
                 elsewhere = documents[other + (other >= index)]
                 size = ends[cut] - ends[i]
-                b.extend(_somewhere(corpus, elsewhere, target - size, room - size, chance))
+                # Gathered as what it displaces, or its length would give the answer away.
+                fills = j < last or cut == j
+                whole = ends[j] - ends[i]
+                wanted = (max(target, whole) if fills else whole) - size
+                b.extend(bounds.somewhere(elsewhere, wanted, room - size, fills, chance))
             else:
                 b.extend((ends[cut], ends[j]))
             random.append(wrong)
@@ -121,37 +127,46 @@ def draw(
     )
 
 
-def _somewhere(
-    corpus: Corpus, document: int, wanted: int, room: int, chance: _Chance
-) -> tuple[int, int]:
-    """Sentences from a random place of a document on, cut at the front or the back to fit."""
-    first, behind = corpus.first[document : document + 2].tolist()
-    i = first + chance.below(behind - first)
-    start = int(corpus.sentences[i])
-    j = i + 1 + int(np.searchsorted(corpus.sentences[i + 1 : behind], start + wanted))
-    end = int(corpus.sentences[j])
-    if end - start > room:
-        start, end = (start, start + room) if chance.number() < 0.5 else (end - room, end)
-    return start, end
-
-
 class _Bounds:
-    """Where the sentences of a document begin and end; those above a limit come in equal parts."""
+    """Where the sentences of documents begin and end; those above a limit come in equal parts."""
 
     def __init__(self, corpus: Corpus, limit: int):
-        self._corpus, self._limit = corpus, limit
+        sizes = np.diff(corpus.sentences)
+        parts = -(-sizes // limit)
+        behind = np.cumsum(parts)
+        which = np.repeat(np.arange(len(sizes)), parts)
+        part = np.arange(len(which)) - (behind - parts)[which]
+        starts = corpus.sentences[which] + sizes[which] * part // parts[which]
+        self._ends = np.append(starts, corpus.sentences[-1])
+        self._first = np.concatenate([[0], behind])[corpus.first]
 
     def of(self, document: int) -> list[int]:
-        first, behind = self._corpus.first[document : document + 2]
-        ends = self._corpus.sentences[first : behind + 1]
-        sizes = np.diff(ends)
-        if sizes.max() <= self._limit:
-            return ends.tolist()
-        cut = [ends[:1]]
-        for start, size in zip(ends, sizes, strict=False):
-            parts = -(-size // self._limit)
-            cut.append(start + size * np.arange(1, parts + 1) // parts)
-        return np.concatenate(cut).tolist()
+        first, last = self._first[document : document + 2]
+        return self._ends[first : last + 1].tolist()
+
+    def somewhere(
+        self, document: int, wanted: int, room: int, fills: bool, chance: _Chance
+    ) -> tuple[int, int]:
+        """Sentences from a random place of a document on: as many as fit into a length, or, where
+        they need not fill it, as come closest to it. Part of one where none is found that fits."""
+        first, last = self._first[document : document + 2].tolist()
+        limit = min(wanted, room) if fills else room
+        for _ in range(_PLACES):
+            i = first + chance.below(last - first)
+            start = int(self._ends[i])
+            ends = self._ends[i + 1 : last + 1]
+            k = int(np.searchsorted(ends, start + wanted, side="right")) - 1
+            if not fills and k + 1 < len(ends):
+                over, under = (
+                    ends[k + 1] - start - wanted,
+                    wanted - (ends[k] - start if k >= 0 else 0),
+                )
+                k += int(over < under)
+            while k >= 0 and ends[k] - start > limit:
+                k -= 1
+            if k >= 0:
+                return start, int(ends[k])
+        return start, start + min(max(limit, 1), int(ends[0]) - start)
 
 
 class _Chance:

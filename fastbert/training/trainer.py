@@ -132,6 +132,7 @@ class PretrainingTrainer(Trainer):
         held_out: of an evaluation, or None.
         run: where checkpoints, metrics and the best model go.
         patience: evaluations without a better loss after which the run ends.
+        stop: whether this process has been asked to end; all of them do, behind a checkpoint.
         options: of `transformers.Trainer`.
 
     Raises:
@@ -150,14 +151,16 @@ class PretrainingTrainer(Trainer):
         held_out: DrawnBatches | None,
         run: RunFolder,
         patience: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
         **options: Any,
     ):
         check_packs(model)
         held_out_data = None if held_out is None else dataset  # Trainer wants one to evaluate
         super().__init__(model, args, data_collator, dataset, held_out_data, **options)
         self.batches, self.held_out, self.run, self.patience = batches, held_out, run, patience
-        self.seconds = Seconds()
+        self.seconds, self._stop = Seconds(), stop
         self._noted: list[Tensor] = []
+        self.stopped = False
         self.add_callback(_EachStep(self))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -181,7 +184,9 @@ class PretrainingTrainer(Trainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         with self.seconds.of("model"):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self.passed = time.perf_counter()  # clipping and the optimiser come next, or another pass
+        return loss
 
     def compute_loss(
         self,
@@ -202,8 +207,13 @@ class PretrainingTrainer(Trainer):
 
     def take_notes(self) -> dict[str, float]:
         """What was counted since the last time, of all processes."""
-        counts = self.accelerator.reduce(torch.stack(self._noted).sum(0)).tolist()
+        counts = torch.stack(self._noted).sum(0)
         self._noted.clear()
+        counts = torch.cat([counts, counts.new_tensor([self._stop()])])
+        *counts, stopped = self.accelerator.reduce(counts).tolist()
+        self.stopped = stopped > 0  # in the same step for all
+        if self.stopped:
+            self.control.should_save = self.control.should_training_stop = True
         notes = {"tokens": counts[0], "masked": counts[1]}
         if len(counts) > 2:
             notes["nsp_accuracy"] = counts[2] / counts[3]
@@ -245,6 +255,7 @@ class PretrainingTrainer(Trainer):
             self.state.best_metric = loss
             self.save_to("best")
         if self.patience is not None:
+            self.accelerator.wait_for_everyone()  # for the line of this evaluation
             losses = [x["eval_loss"] for x in self.run.metrics() if "eval_loss" in x]
             if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
                 self.control.should_training_stop = True
@@ -305,7 +316,10 @@ class Seconds:
         try:
             yield
         finally:
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     @property
     def overhead(self) -> float | None:
@@ -328,12 +342,8 @@ class _EachStep(TrainerCallback):
         self._last = time.perf_counter()
         self._trainer.seconds.begin()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._before = time.perf_counter()
-
     def on_optimizer_step(self, args, state, control, **kwargs):
-        spent = self._trainer.seconds.spent
-        spent["model"] = spent.get("model", 0.0) + time.perf_counter() - self._before
+        self._trainer.seconds.add("model", time.perf_counter() - self._trainer.passed)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         state.log_history.clear()  # it would be written with every checkpoint; metrics have it
