@@ -31,7 +31,7 @@ pretrain-example: .venv-pretrain-example/.installed
 		--tokens 1.5M --batch-tokens 2k --learning-rate 1e-3 --held-out 0.05 --evaluate-every 250
 	$(EXAMPLE)/fastbert pretrain $(ARTICLES) -o pretrain-example/minilm \
 		--model $$($(EXAMPLE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
-		--tokens 300k --batch-tokens 2k --learning-rate 5e-4 --held-out 0.05 --evaluate-every 50
+		--tokens 250k --batch-tokens 2k --learning-rate 5e-4 --held-out 0.05 --evaluate-every 40
 
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
