@@ -256,6 +256,10 @@ class Pretraining:
                 f"expected --tokens or --steps with {self.world_size} processes, got --hours; each "
                 "would find a speed of its own"
             )
+        self.device = resolve_device(request.device)
+        if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         shared = request.device_tokens * self.world_size
         self.passes = max(round(request.batch_tokens / shared), 1)
 
@@ -312,7 +316,7 @@ class Pretraining:
 
     def _speed(self, batches: DrawnBatches) -> float:
         """Tokens a second of this process, by a copy of the model that is trained for a moment."""
-        device = resolve_device(self.request.device)
+        device = self.device
         model = copy.deepcopy(self.model).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         seen, start = 0, time.perf_counter()
@@ -320,7 +324,9 @@ class Pretraining:
             for index, drawn in enumerate(batches):
                 batch = self.collator([self.data[key] for key in drawn])
                 batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                model(**batch).loss.backward()
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                    loss = model(**batch).loss
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if device.type == "cuda":
@@ -401,7 +407,6 @@ class Pretraining:
         self, plan: Plan, run: RunFolder, stop: _Stop, callbacks: list[TrainerCallback]
     ) -> PretrainingTrainer:
         request = self.request
-        device = resolve_device(request.device)
         every = request.evaluate_every or request.save_every
         evaluates = bool(self.held_documents.size)
         rate = request.learning_rate or (5e-5 if request.model else 5e-4)
@@ -413,8 +418,8 @@ class Pretraining:
             weight_decay=0.01,
             lr_scheduler_type="linear",
             warmup_steps=plan.warmup_steps,
-            bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-            use_cpu=device.type == "cpu",
+            bf16=self.bf16,
+            use_cpu=self.device.type == "cpu",
             seed=request.seed,
             logging_steps=1,
             logging_nan_inf_filter=False,
