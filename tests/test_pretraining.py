@@ -148,12 +148,16 @@ def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "workers"), [(1, 0), (3, 0), (4, 2), (7, 0)], ids=lambda p: str(p)
+    ("number", "step", "workers"),
+    [
+        (signal.SIGTERM, 1, 0),
+        (signal.SIGTERM, 3, 0),
+        (signal.SIGTERM, 7, 0),
+        (signal.SIGINT, 4, 2),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, step, workers, number):
-    if number == signal.SIGINT and step != 4:
-        pytest.skip("the same code")
+def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, number, step, workers):
     pretrain("whole")
     with pytest.raises(SystemExit) as stop:
         pretrain("parts", callbacks=[At(step, lambda: os.kill(os.getpid(), number))])
