@@ -15,9 +15,10 @@ from tiny import tiny_config
 
 import fastbert
 from fastbert.tasks.errors import InputError, LoadError, OutputError
-from fastbert.training import Corpus, Masking, PackedCollator, SegmentDataset, draw
+from fastbert.training import Corpus, Masking, PackedCollator, SegmentDataset, beginning, draw
 from fastbert.training import pretraining as module
-from fastbert.training.pretraining import Request, mask_schedule, prepare
+from fastbert.training.pretraining import prepare
+from fastbert.training.request import Request, mask_schedule
 from fastbert.training.run_folder import RunFolder
 from fastbert.training.trainer import DrawnBatches, NotFinite
 
@@ -50,7 +51,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setitem(module.SIZES, "tiny", (2, 32, 2))
+    monkeypatch.setitem(beginning.SIZES, "tiny", (2, 32, 2))
     monkeypatch.setattr(module, "_PROBE_BATCHES", 2)
 
 
@@ -182,10 +183,11 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 import fastbert.tasks.durable as durable
 import fastbert.training.run_folder as run_folder
-from fastbert.training import pretraining
-from fastbert.training.pretraining import Request, prepare
+from fastbert.training import beginning, pretraining
+from fastbert.training.pretraining import prepare
+from fastbert.training.request import Request
 
-pretraining.SIZES["tiny"] = (2, 32, 2)
+beginning.SIZES["tiny"] = (2, 32, 2)
 pretraining._PROBE_BATCHES = 2
 moments = {"publish": 0, "to_disk": 0, "remove": 0}
 name, count = sys.argv[3].split(":")
@@ -252,8 +254,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
         with torch.no_grad():
             broken[0][0].bert.embeddings.LayerNorm.weight.fill_(float("nan"))
 
-    make = module._model
-    monkeypatch.setattr(module, "_model", lambda *args: broken.append(make(*args)) or broken[0])
+    make = module.model_for
+    monkeypatch.setattr(module, "model_for", lambda *args: broken.append(make(*args)) or broken[0])
     with pytest.raises(NotFinite, match="got nan in step 5; the last checkpoint"):
         pretrain(callbacks=[At(4, breaks)])
     assert RunFolder(tmp_path / "run", "pretrain").latest()[0] == 3
@@ -452,7 +454,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
     config = functools.partial(
         transformers.BertConfig, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    monkeypatch.setattr(module, "BertConfig", config)
+    monkeypatch.setattr(beginning, "BertConfig", config)
     pretrain("one")
     callback = (
         "from transformers import TrainerCallback\n"
@@ -464,7 +466,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
     program = PROGRAM.replace(
         "pretrained = prepare",
         "import functools, transformers\n"
-        "pretraining.BertConfig = functools.partial(transformers.BertConfig, "
+        "beginning.BertConfig = functools.partial(transformers.BertConfig, "
         "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)\n"
         + callback
         + "pretrained = prepare",

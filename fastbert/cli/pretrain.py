@@ -99,8 +99,9 @@ def command(
     """
     from rich.console import Console
 
-    from ..training.pretraining import Request, prepare
+    from ..training.pretraining import prepare
     from ..training.progress import Shown
+    from ..training.request import Request
 
     console = Console(stderr=True)
     request = Request(

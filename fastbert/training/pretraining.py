@@ -1,4 +1,4 @@
-"""``fastbert pretrain`` as functions: what was asked for, the plan, the run.
+"""``fastbert pretrain`` as functions: a run of what was asked for, planned and trained.
 
 `prepare` reads everything and changes nothing but caches and the tokenizer that it may train;
 `Pretraining.plan` says what will happen and how long it takes; `Pretraining.train` does it, or goes
@@ -13,20 +13,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from transformers import (
-    BertConfig,
-    BertTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -36,166 +33,26 @@ from transformers import (
 
 import fastbert
 
-from ..tasks.durable import publish
-from ..tasks.errors import InputError, LoadError
+from ..tasks.errors import InputError
 from ..tasks.loading import (
-    load_for_training,
-    load_tokenizer,
     quiet,
     resolve_device,
 )
-from ..tasks.reading import BadRow, TextFile
+from .beginning import model_for, tokenizer_for
 from .collating import PackedCollator
-from .corpus import Corpus, documents, files_of
+from .corpus import Corpus, files_of
 from .masking import Masking
-from .run_folder import RunFolder, writing_in
+from .request import Plan, Request, Verdict, mask_schedule
+from .run_folder import RunFolder
 from .sampling import TokenBudgetSampler
 from .segments import SegmentDataset, Segments, draw
 from .trainer import DrawnBatches, PretrainingTrainer
 
-__all__ = ["SIZES", "Plan", "Pretraining", "Request", "Verdict", "mask_schedule", "prepare"]
+__all__ = ["Pretraining", "prepare"]
 
-# Layers, hidden size, heads: the sizes that BERT's authors have published.
-SIZES = {
-    "tiny": (2, 128, 2),
-    "mini": (4, 256, 4),
-    "small": (4, 512, 8),
-    "medium": (8, 512, 8),
-    "base": (12, 768, 12),
-    "large": (24, 1024, 16),
-}
 _HELD_OUT_TOKENS = 100_000  # of an evaluation at most, about
 _PROBE_SECONDS, _PROBE_BATCHES = 20.0, 20
 _WARMUP = 0.06  # share of the steps
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for; the names are the options of the command.
-
-    Attributes:
-        texts: files, folders and globs.
-        output: the folder of the run.
-        model: a checkpoint to go on with, or None for one of `SIZES` from scratch.
-        tokenizer: a folder, by default that of ``model``; without both one is trained.
-        vocab_size: of a tokenizer that is trained; ``cased``: it keeps case.
-        tokens, steps, hours: how long, one of them.
-        batch_tokens: of a step, of all processes.
-        device_tokens: of one forward and backward pass.
-        max_length: of an example.
-        mask: share of the tokens, or ``first:last``.
-        nsp: next-sentence prediction.
-        learning_rate: at its highest, None for what suits the model.
-        held_out: share of the documents that are evaluated on.
-        patience: evaluations without gain that end the run.
-    """
-
-    texts: tuple[str, ...]
-    output: str
-    model: str | None = None
-    size: str = "small"
-    tokenizer: str | None = None
-    vocab_size: int = 30522
-    cased: bool = False
-    column: str | None = None
-    language: str = "en"
-    tokens: int | None = None
-    steps: int | None = None
-    hours: float | None = None
-    batch_tokens: int = 32768
-    device_tokens: int = 8192
-    max_length: int = 128
-    mask: str = "0.15"
-    nsp: bool = True
-    whole_words: bool = False
-    learning_rate: float | None = None
-    held_out: float = 0.01
-    save_every: int = 500
-    evaluate_every: int | None = None
-    patience: int | None = None
-    seed: int = 0
-    workers: int = 0
-    device: str = "auto"
-    cache_dir: str | None = None
-
-
-def mask_schedule(text: str) -> Callable[[float], float]:
-    """``0.15``, or ``0.30:0.15``: a share that falls, or rises, evenly from the first to the last
-    (Ankner et al., 2305.15096). From the share of the run that is over to the share of tokens.
-
-    Raises:
-        InputError: not one or two numbers between 0 and 1.
-    """
-    try:
-        first, last = (
-            float(part) for part in (text if ":" in text else f"{text}:{text}").split(":")
-        )
-    except ValueError:
-        first = last = math.nan
-    if not (0 < first < 1 and 0 < last < 1):
-        raise InputError(
-            f"expected --mask to be a share such as 0.15, or two such as 0.30:0.15, got {text!r}"
-        )
-    return lambda over: first + (last - first) * over
-
-
-class Plan(NamedTuple):
-    """What a run will do, in the order in which it is told."""
-
-    documents: int
-    held_out_documents: int
-    tokens: int
-    bad_lines: int
-    examples: int
-    mean_length: float
-    padding_removed: float
-    parameters: int
-    new: tuple[str, ...]
-    steps: int
-    tokens_per_step: float
-    passes_per_step: int
-    warmup_steps: int
-    epochs: float
-    tokens_per_second: float
-    seconds: float
-
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """What is told, with its name."""
-        yield "documents", f"{self.documents:,}, {self.held_out_documents:,} more held out"
-        if self.bad_lines:
-            yield "left out", f"{self.bad_lines:,} lines that hold no text"
-        yield "tokens", f"{self.tokens:,} in an epoch"
-        yield (
-            "examples",
-            (
-                f"{self.examples:,} of {self.mean_length:.0f} tokens on average; "
-                f"{self.padding_removed:.0%} of padded batches would be padding"
-            ),
-        )
-        yield "parameters", f"{self.parameters:,}"
-        if self.new:
-            shown = ", ".join(self.new[:2])
-            yield "new", f"{len(self.new)} that the checkpoint does not have ({shown}, ...)"
-        yield (
-            "steps",
-            (
-                f"{self.steps:,} of {self.passes_per_step} passes, {self.epochs:.2f} epochs; "
-                f"{self.warmup_steps:,} to warm up"
-            ),
-        )
-        yield (
-            "time",
-            (
-                f"{_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second, "
-                "evaluations not counted"
-            ),
-        )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def prepare(request: Request) -> Pretraining:
@@ -217,7 +74,7 @@ def prepare(request: Request) -> Pretraining:
         )
     mask_schedule(request.mask)
     files = files_of(request.texts)
-    tokenizer = _tokenizer(request, files)
+    tokenizer = tokenizer_for(request, files)
     corpus = Corpus.prepare(
         files,
         tokenizer,
@@ -226,7 +83,7 @@ def prepare(request: Request) -> Pretraining:
         cache_dir=request.cache_dir,
     )
     transformers.set_seed(request.seed)
-    return Pretraining(request, tokenizer, corpus, *_model(request, tokenizer))
+    return Pretraining(request, tokenizer, corpus, *model_for(request, tokenizer))
 
 
 class Pretraining:
@@ -493,39 +350,6 @@ class Pretraining:
         )
 
 
-class Verdict(NamedTuple):
-    """What a run has come to, on the documents that are held out.
-
-    Attributes:
-        before, after: metrics of the evaluations, None where nothing is held out.
-        most_frequent: accuracy of always saying the most frequent token.
-        steps: that were trained.
-        overhead: share of the time that the model did not take; None where nothing was trained.
-    """
-
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    most_frequent: float | None
-    steps: int
-    overhead: float | None
-
-    def __str__(self) -> str:
-        if self.after is None:
-            return f"{self.steps} steps; no document was held out, so nothing was evaluated"
-        parts = [f"{self.steps} steps; held out: perplexity {self._both('perplexity', '.1f')}"]
-        parts.append(
-            f"masked tokens right {self._both('mlm_accuracy', '.1%')} "
-            f"(always the most frequent token: {self.most_frequent:.1%})"
-        )
-        if "eval_nsp_accuracy" in self.after:
-            parts.append(f"next sentences right {self._both('nsp_accuracy', '.1%')}")
-        return ", ".join(parts)
-
-    def _both(self, name: str, form: str) -> str:
-        values = (self.before[f"eval_{name}"], self.after[f"eval_{name}"])
-        return " -> ".join(format(value, form) for value in values)
-
-
 class _Stop:
     """Which signal came, if one did."""
 
@@ -553,70 +377,3 @@ def _stopping() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _tokenizer(request: Request, files: list[Path]) -> PreTrainedTokenizerBase:
-    source = request.tokenizer or request.model
-    if source is None:
-        source = _trained_tokenizer(request, files)
-    tokenizer = load_tokenizer(source)
-    for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
-            raise LoadError(
-                f"expected a tokenizer with a {name}, as BERT's, got one without in {source!r}"
-            )
-    return tokenizer
-
-
-def _trained_tokenizer(request: Request, files: list[Path]) -> Path:
-    """The folder of the run's own tokenizer, which the first process to come trains."""
-    folder = Path(request.output)
-    with writing_in(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "tokenizer.lock")
-        with lock:
-            if not (folder / "tokenizer").exists():
-                _train_tokenizer(request, files).save_pretrained(folder / ".new-tokenizer")
-                publish(folder / ".new-tokenizer", folder / "tokenizer")
-    return folder / "tokenizer"
-
-
-def _train_tokenizer(request: Request, files: list[Path]) -> PreTrainedTokenizerBase:
-    special = {name: i for i, name in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
-    empty = BertTokenizer(vocab=special, do_lower_case=not request.cased)
-    readers = (TextFile(f, None if TextFile(f).kind == "txt" else request.column) for f in files)
-    texts = (d for reader in readers for d in documents(reader) if not isinstance(d, BadRow))
-    tokenizer = empty.train_new_from_iterator(texts, request.vocab_size, show_progress=False)
-    tokenizer.model_max_length = max(request.max_length, 512)
-    return tokenizer
-
-
-def _model(
-    request: Request, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, list[str]]:
-    cls = fastbert.BertForPreTraining if request.nsp else fastbert.BertForMaskedLM
-    if request.model is not None:
-        model, new = load_for_training(cls.__name__, request.model, skip_logits=True)
-    elif request.size not in SIZES:
-        raise InputError(f"expected a --size of {', '.join(SIZES)}, got {request.size!r}")
-    else:
-        layers, hidden, heads = SIZES[request.size]
-        config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
-            num_attention_heads=heads, intermediate_size=4 * hidden,
-            max_position_embeddings=max(request.max_length, 512),
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        model, new = cls(config, skip_logits=True), []
-    config = model.config
-    if len(tokenizer) > config.vocab_size:
-        raise LoadError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens, the rows of the model's "
-            f"table, got {len(tokenizer)}; use the tokenizer that the model was trained with"
-        )
-    if request.max_length > config.max_position_embeddings:
-        raise InputError(
-            f"expected a --max-length of at most {config.max_position_embeddings}, the positions "
-            f"that the model knows, got {request.max_length}"
-        )
-    return model, new
