@@ -116,6 +116,30 @@ def tiny_folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """Sixty documents of sentences to pre-train on."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    documents = [
+        "\n".join(
+            " ".join(random.choice(WORDS[:10], random.integers(2, 16))) + "."
+            for _ in range(random.integers(2, 24))
+        )
+        for _ in range(60)
+    ]
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_cache(tmp_path_factory) -> str:
+    """A folder for tokenised texts."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command through `main`, so that exit codes and messages are the real ones."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,38 +14,17 @@ from tiny import tiny_config
 
 import fastbert
 from fastbert.tasks.errors import InputError, LoadError, OutputError
-from fastbert.training import Corpus, Masking, PackedCollator, SegmentDataset, beginning, draw
+from fastbert.training import beginning
 from fastbert.training import pretraining as module
 from fastbert.training.pretraining import prepare
 from fastbert.training.request import Request, mask_schedule
 from fastbert.training.run_folder import RunFolder
-from fastbert.training.trainer import DrawnBatches, NotFinite
+from fastbert.training.trainer import NotFinite
 
 pytestmark = [
     pytest.mark.usefixtures("on_torch"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-WORDS = ("paris", "is", "the", "capital", "of", "france", "rome", "italy", "madrid", "spain")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    random = np.random.default_rng(0)
-    documents = [
-        "\n".join(
-            " ".join(random.choice(WORDS, random.integers(2, 16))) + "."
-            for _ in range(random.integers(2, 24))
-        )
-        for _ in range(60)
-    ]
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("\n\n".join(documents))
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +34,12 @@ def _small(monkeypatch):
 
 
 @pytest.fixture
-def request_for(texts, cache, tiny_folder, tmp_path):
+def request_for(texts, text_cache, tiny_folder, tmp_path):
     def make(output="run", **options):
         options = {
             "size": "tiny", "tokenizer": str(tiny_folder), "steps": 8, "batch_tokens": 512,
             "device_tokens": 256, "max_length": 40, "held_out": 0.1, "save_every": 3,
-            "device": "cpu", "cache_dir": cache, "texts": (str(texts),), **options,
+            "device": "cpu", "cache_dir": text_cache, "texts": (str(texts),), **options,
         }  # fmt: skip
         return Request(output=str(tmp_path / output), **options)
 
@@ -298,7 +276,7 @@ def test_patience(pretrain, tmp_path):
     assert steps[-1] == len(losses) - 1
 
 
-def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts, cache):
+def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts, text_cache):
     pretrain(nsp=False, tokenizer=None, vocab_size=60, whole_words=True, steps=3)
     line = metrics_of(tmp_path / "run")[-1]
     assert "eval_nsp_accuracy" not in line and "eval_mlm_accuracy" in line
@@ -389,63 +367,6 @@ def test_a_falling_share_is_masked(pretrain, tmp_path):
     assert shares[0] > 0.4 and shares[-1] < 0.17
 
 
-def parts(texts, cache, tiny_folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    corpus = Corpus.prepare([texts], tokenizer, cache_dir=cache)
-    drawer = functools.partial(
-        lambda epoch: draw(corpus, np.arange(corpus.num_documents), max_length=40, epoch=epoch)
-    )
-    return drawer, SegmentDataset(corpus, tokenizer, pairs=True), Masking(tokenizer)
-
-
-def test_batches_of_a_run(texts, cache, tiny_folder):
-    drawer, _, _ = parts(texts, cache, tiny_folder)
-    batches = DrawnBatches(drawer, 256, 200)
-    drawn = list(batches)
-    assert len(drawn) == 200 == len(batches) and len(batches.starts) > 2
-    second, third = batches.starts[1:3]
-    for epoch, (start, end) in enumerate(((0, second), (second, third))):
-        keys = [key for batch in drawn[start:end] for key in batch]
-        assert {key.epoch for key in keys} == {epoch}
-        assert sorted(key.example for key in keys) == list(range(len(drawer(epoch))))
-    shares = [list(DrawnBatches(drawer, 256, 50, rank=r, world_size=4)) for r in range(4)]
-    assert [batch for step in zip(*shares, strict=True) for batch in step] == drawn
-    for done in (0, 1, second, second + 3, 199, 200):
-        resumed = DrawnBatches(drawer, 256, 200)
-        resumed.done, resumed.starts = done, list(batches.starts)
-        again = list(resumed)
-        assert again[:done] == [[]] * done and again[done:] == drawn[done:]
-        fresh = DrawnBatches(drawer, 256, 200)
-        fresh.done = done
-        assert list(fresh)[done:] == drawn[done:], "also where no epoch is known yet"
-
-
-@pytest.mark.slow
-def test_the_losses_of_transformers(texts, cache, tiny_folder):
-    """50 steps with the same batches: packed here, padded there."""
-    drawer, dataset, masking = parts(texts, cache, tiny_folder)
-    config = tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    torch.manual_seed(0)
-    theirs = transformers.BertForPreTraining(config)
-    ours = fastbert.BertForPreTraining(config, skip_logits=True)
-    ours.load_state_dict(theirs.state_dict())
-    losses = []
-    for model, collator in (
-        (theirs, PackedCollator(padded=True, masking=masking)),
-        (ours, PackedCollator(ours, masking=masking)),
-    ):
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
-        losses.append([])
-        for keys in DrawnBatches(drawer, 256, 50):
-            loss = model(**collator([dataset[key] for key in keys])).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
-    assert losses[0][-1] < losses[0][0] - 0.5
-
-
 @pytest.mark.slow
 def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
     """Without dropout, which draws in each process for itself."""
@@ -492,11 +413,11 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_the_command(run, texts, cache, tiny_folder, tmp_path):
+def test_the_command(run, texts, text_cache, tiny_folder, tmp_path):
     arguments = [
         "pretrain", texts, "-o", tmp_path / "run", "--size", "tiny", "--tokenizer", tiny_folder,
         "--steps", 4, "--batch-tokens", "0.5k", "--max-length", 40, "--held-out", 0.1,
-        "--save-every", 2, "--device", "cpu", "--cache-dir", cache,
+        "--save-every", 2, "--device", "cpu", "--cache-dir", text_cache,
     ]  # fmt: skip
     code, out, err = run(*arguments, "--dry-run")
     assert code == 0 and out == "" and not (tmp_path / "run").exists()
