@@ -391,7 +391,8 @@ def _activation_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> It
 
 
 def _cross_entropy(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
-    tensors = {**dict.fromkeys(("x_ptr", "bias_ptr")), "loss_ptr": "*fp32", "labels_ptr": "*i64"}
+    tensors = {**dict.fromkeys(("x_ptr", "bias_ptr")),
+               "loss_ptr": "*fp32", "hit_ptr": "*i1", "labels_ptr": "*i64"}  # fmt: skip
     for width in (2, 30522, 119547):
         for tile in _changed([cross_entropy_tile(width, arch)], fields):
             padded = -(-width // cross_entropy.PADDED_TO) * cross_entropy.PADDED_TO

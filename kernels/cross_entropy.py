@@ -25,6 +25,7 @@ PADDED_TO = 64  # columns; Triton sees the alignment of a mask's end in multiple
 @triton.jit(do_not_specialize=["smoothing"])
 def _cross_entropy_kernel(
     loss_ptr,  # [M], fp32
+    hit_ptr,  # [M], bool
     x_ptr,  # [M, N]; becomes the gradient
     bias_ptr,  # [N] or None
     labels_ptr,  # [M], int64
@@ -63,6 +64,7 @@ def _cross_entropy_kernel(
     loss = (log_total - (x_label - top)) * (1.0 - smoothing)
     loss += (log_total - (sum_x / N - top)) * smoothing
     tl.store(loss_ptr + row, tl.where(inside, loss, float("nan")))
+    tl.store(hit_ptr + row, inside & (x_label == top))
     if GRADIENT:
         tl.debug_barrier()  # every thread has read x[label]
         for start in range(0, N, BLOCK_N):
@@ -84,8 +86,8 @@ def cross_entropy_(
     classes: int,
     smoothing: float,
     gradient: bool,
-) -> torch.Tensor:
-    """Losses of rows of logits.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of rows of logits, and which labels have the highest one.
 
     Args:
         x: ``[M, N or more]``, any row stride; with ``gradient`` it becomes that of the sum of the
@@ -98,19 +100,21 @@ def cross_entropy_(
         gradient: whether to overwrite ``x``.
 
     Returns:
-        fp32 ``[M]``.
+        The losses, fp32 ``[M]``, and whether no logit of the row is above its label's, bool
+        ``[M]``.
     """
     m, width = x.shape
     assert x.stride(1) == 1, "in place: rows must be contiguous"
     assert classes <= width, f"{classes} classes do not fit {width} columns"
     loss = torch.empty(m, dtype=torch.float32, device=x.device)
+    hit = torch.empty(m, dtype=torch.bool, device=x.device)
     if m == 0:
-        return loss
+        return loss, hit
     tile = cross_entropy_tile(classes, device_arch(x.device))
     launch(
         _cross_entropy_kernel, (m,),
-        loss, x, bias, labels.contiguous(), x.stride(0), float(smoothing),
+        loss, hit, x, bias, labels.contiguous(), x.stride(0), float(smoothing),
         N=classes, N_PADDED=width, GRADIENT=gradient, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
     )  # fmt: skip
-    return loss
+    return loss, hit

@@ -63,6 +63,19 @@ def test_chunks_give_what_one_piece_gives(device, each_backend, monkeypatch):
         torch.testing.assert_close(ops.linear_cross_entropy(x, weight, bias, labels), whole[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_right_labels_are_counted(dtype, device, each_backend, monkeypatch):
+    """Over chunks, with a bias that decides, in training or not."""
+    monkeypatch.setattr(module, "CHUNK", 30)
+    x, weight, bias, _ = example(100, 16, 5000, dtype, device)
+    right = F.linear(x.double(), weight.double(), 8 * bias.double()).argmax(-1)
+    labels = torch.where(torch.arange(100, device=device) % 4 == 0, (right + 1) % 5000, right)
+    for leaf in (x, x.clone().requires_grad_()):
+        for smoothing in (0.0, 0.1):
+            _, correct = module.summed_cross_entropy(leaf, weight, 8 * bias, labels, smoothing)
+            assert correct == 75
+
+
 class _Largest(TorchDispatchMode):
     """The most elements that any result of an operation had."""
 
@@ -209,7 +222,10 @@ def test_kernel_marks_a_label_outside_the_vocabulary(device):
     kernel = pytest.importorskip("fastbert.kernels.cross_entropy", exc_type=ImportError)
     x = torch.randn(4, 10, device=device)
     labels = torch.tensor([3, 10, -1, 9], device=device)
-    losses = kernel.cross_entropy_(x.clone(), None, labels, classes=10, smoothing=0, gradient=True)
+    losses, hits = kernel.cross_entropy_(
+        x.clone(), None, labels, classes=10, smoothing=0, gradient=True
+    )
+    assert hits.tolist() == [x[0].argmax() == 3, False, False, x[3].argmax() == 9]
     assert losses.isnan().tolist() == [False, True, True, False]
     exact = F.cross_entropy(x[[0, 3]].double(), labels[[0, 3]], reduction="none")
     torch.testing.assert_close(losses[[0, 3]].double(), exact, atol=1e-5, rtol=1e-5)

@@ -104,7 +104,8 @@ def test_a_run(pretrain, tmp_path):
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6, 8]
     assert steps[-1]["loss"] < steps[0]["loss"] and all(s["tokens"] <= 512 for s in steps)
     assert steps[0].keys() == {
-        "step", "loss", "grad_norm", "learning_rate", "tokens", "masked", "nsp_accuracy",
+        "step", "loss", "grad_norm", "learning_rate", "tokens", "masked", "mlm_accuracy",
+        "nsp_accuracy",
     }  # fmt: skip
     facts = json.loads((run / "run.json").read_text())
     assert facts["steps"] == 8 and facts["_versions"]["torch"] == torch.__version__

@@ -51,7 +51,9 @@ def test_without_logits_the_head_sees_labelled_tokens_only(head, device, each_ba
     expected = theirs(**inputs)
     output = ours(**inputs, skip_logits=True)
     assert rows == [int((LABELS != -100).sum())]
-    assert list(output) == [k for k in expected if k != HEADS[head]]
+    assert list(output) == [*(k for k in expected if k != HEADS[head]), "num_correct"]
+    right = expected[HEADS[head]].argmax(-1) == LABELS.to(device)
+    assert output.num_correct == right.sum()
     assert output.get(HEADS[head]) is None
     close(gradients(ours, output.loss), gradients(theirs, expected.loss))
     with torch.no_grad():  # in evaluation too, if the call says so

@@ -6,6 +6,7 @@ masked-LM head runs on real tokens, and with ``skip_logits`` on labelled ones (`
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert import modeling_bert as hf
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .. import ops
@@ -110,6 +111,24 @@ def _skips_logits(model: DropIn, asked: bool | None, has_labels: bool) -> bool:
     return asked
 
 
+@dataclass
+class LabelledOutput(MaskedLMOutput):
+    """transformers' output without logits, and what they would have told.
+
+    Attributes:
+        num_correct: labelled tokens whose label no logit is above, int64.
+    """
+
+    num_correct: Tensor | None = None
+
+
+@dataclass
+class PreTrainingOutput(hf.BertForPreTrainingOutput):
+    """The same of `BertForPreTraining`; see `LabelledOutput`."""
+
+    num_correct: Tensor | None = None
+
+
 @twin
 class BertForPreTraining(DropIn, hf.BertForPreTraining):
     """``transformers.BertForPreTraining``; the masked-LM head is that of `BertForMaskedLM`."""
@@ -156,13 +175,14 @@ class BertForPreTraining(DropIn, hf.BertForPreTraining):
             if num_items is not None:  # this batch's share of the batches of a step
                 next_sentence = next_sentence * (count / at_least_one(num_items))
             loss = loss + next_sentence
-        return hf.BertForPreTrainingOutput(
+        output = hf.BertForPreTrainingOutput(
             loss=loss,
             prediction_logits=None if skip else _padded(scores, call),
             seq_relationship_logits=relation,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output if chosen is None else chosen.counted(PreTrainingOutput, output)
 
 
 @twin
@@ -212,12 +232,13 @@ class BertForMaskedLM(DropIn, hf.BertForMaskedLM):
             scores = self.cls(rows)
             if labels is not None:
                 loss = _token_loss(scores, call, labels, num_items)[0]
-        return MaskedLMOutput(
+        output = MaskedLMOutput(
             loss=loss,
             logits=None if skip else _padded(scores, call),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output if chosen is None else chosen.counted(LabelledOutput, output)
 
 
 @twin
@@ -375,6 +396,7 @@ class _LabelledTokens:
     Attributes:
         count: how many there are.
         decoder: the product with the vocabulary.
+        correct: how many of them are right, once the loss is known.
     """
 
     def __init__(self, head: hf.BertLMPredictionHead, slots: Tensor, labels: Tensor):
@@ -414,8 +436,12 @@ class _LabelledTokens:
             at = torch.searchsorted(batch.indices, at)
         chosen = self._transformed(rows.reshape(-1, rows.shape[-1]).index_select(0, at))
         weight, bias = self.decoder.weight, self.decoder.bias
-        total = summed_cross_entropy(chosen, weight, bias, self.labels)
+        total, self.correct = summed_cross_entropy(chosen, weight, bias, self.labels)
         return total / at_least_one(self.count if num_items is None else num_items)
+
+    def counted(self, cls: type[ModelOutput], output: ModelOutput) -> ModelOutput:
+        """The output with the number of tokens that are right."""
+        return cls(**output, num_correct=self.correct)
 
     def _transformed(self, rows: Tensor) -> Tensor:
         transform = self.head.transform

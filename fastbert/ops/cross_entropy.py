@@ -30,7 +30,7 @@ def _launch(
     classes: int,
     smoothing: float,
     gradient: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     from ..kernels.cross_entropy import cross_entropy_
 
     return cross_entropy_(x, bias, labels, classes=classes, smoothing=smoothing, gradient=gradient)
@@ -38,17 +38,21 @@ def _launch(
 
 _cross_entropy_ = define(
     "cross_entropy_(Tensor(a!) x, Tensor? bias, Tensor labels, int classes, float smoothing, "
-    "bool gradient) -> Tensor",
+    "bool gradient) -> (Tensor, Tensor)",
     _launch,
-    lambda x, *rest: x.new_empty(x.shape[0], dtype=torch.float32),
+    lambda x, *rest: tuple(x.new_empty(x.shape[0], dtype=d) for d in (torch.float32, torch.bool)),
 )
 
 
-def _losses_in_torch(logits: Tensor, labels: Tensor, smoothing: float, gradient: bool) -> Tensor:
-    """What the kernel does: losses ``[M]``; the logits become their gradient."""
+def _losses_in_torch(
+    logits: Tensor, labels: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """What the kernel does: losses and hits ``[M]``; the logits become their gradient."""
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
-    lse = wide.logsumexp(-1, keepdim=True)
+    top = wide.amax(-1, keepdim=True)
+    lse = (wide - top).exp_().sum(-1, keepdim=True).log_().add_(top)
     picked = wide.gather(-1, labels[:, None])
+    hits = picked == top
     losses = (lse - picked) * (1.0 - smoothing)
     if smoothing:
         losses = losses + (lse - wide.mean(-1, keepdim=True)) * smoothing
@@ -59,7 +63,7 @@ def _losses_in_torch(logits: Tensor, labels: Tensor, smoothing: float, gradient:
         share.scatter_add_(-1, labels[:, None], torch.full_like(picked, smoothing - 1.0))
         if share is not logits:
             logits.copy_(share)
-    return losses.flatten()
+    return losses.flatten(), hits.flatten()
 
 
 class _Chunks:
@@ -71,11 +75,17 @@ class _Chunks:
         self.bias = None if bias is None else bias.to(dtype)
         self.buffer: Tensor | None = None
 
-    def losses(self, rows: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Losses ``[M]``, and the logits ``[M, V]`` or their gradient."""
+    def losses(self, rows: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and hits, summed, and the logits ``[M, V]`` or their gradient."""
+        losses, hits, logits = self._by_row(rows, labels, gradient)
+        return losses.sum(), hits.sum(), logits
+
+    def _by_row(
+        self, rows: Tensor, labels: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.on_kernels:
             logits = linear(rows, self.weight, self.bias)
-            return _losses_in_torch(logits, labels, self.smoothing, gradient), logits
+            return *_losses_in_torch(logits, labels, self.smoothing, gradient), logits
         vocabulary = self.weight.shape[0]
         if self.buffer is None:
             from ..kernels.cross_entropy import PADDED_TO
@@ -86,25 +96,26 @@ class _Chunks:
         padded = self.buffer[: rows.shape[0]]
         logits = padded[:, :vocabulary]
         torch.mm(rows, self.weight.t(), out=logits)
-        losses = _cross_entropy_(padded, self.bias, labels, vocabulary, self.smoothing, gradient)
-        return losses, logits
+        found = _cross_entropy_(padded, self.bias, labels, vocabulary, self.smoothing, gradient)
+        return *found, logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses; gradients are made along the way."""
+    """The sum of the losses, and of the hits; gradients are made along the way."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, smoothing, dtype):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         chunks = _Chunks(weight, bias, smoothing, dtype)
         wide = _wide(dtype)
-        total = torch.zeros((), dtype=wide, device=x.device)
+        total, correct = _zeros(x, dtype)
         dx = torch.empty_like(x) if need_x else None
         dweight = dbias = None
         for start in range(0, max(x.shape[0], 1), CHUNK):  # no rows make gradients of zero
             rows = x[start : start + CHUNK].to(dtype)
-            losses, g = chunks.losses(rows, labels[start : start + CHUNK], gradient=True)
-            total += losses.sum()
+            loss, hits, g = chunks.losses(rows, labels[start : start + CHUNK], gradient=True)
+            total += loss
+            correct += hits
             if need_x:
                 dx[start : start + CHUNK] = g @ chunks.weight
             if need_weight:
@@ -119,10 +130,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dbias = part if dbias is None else dbias.add_(part)
         ctx.smoothing = smoothing
         ctx.save_for_backward(x, weight, bias, labels, dx, dweight, dbias)
-        return total
+        ctx.mark_non_differentiable(correct)
+        return total, correct
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, _: None):
         *inputs, labels, dx, dweight, dbias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: by the plain formula, once more
             return *_gradients_to_differentiate(*inputs, labels, ctx, upstream), None, None, None
@@ -167,8 +179,9 @@ def labelled_rows(
 
 def summed_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """`linear_cross_entropy` with ``reduction="sum"``, of rows that all have a label in range.
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with ``reduction="sum"``, of rows that all have a label in range; and
+    how many labels are right, int64: no logit of the row is above theirs.
 
     Nothing is looked at on the host; a label out of range makes the result NaN on a GPU.
     """
@@ -177,10 +190,12 @@ def summed_cross_entropy(
     if wants_gradient(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, labels, label_smoothing, dtype)
     chunks = _Chunks(weight, bias, label_smoothing, dtype)
-    total = torch.zeros((), dtype=_wide(dtype), device=x.device)
+    total, correct = _zeros(x, dtype)
     for rows, targets in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
-        total += chunks.losses(rows.to(dtype), targets, gradient=False)[0].sum()
-    return total
+        loss, hits, _ = chunks.losses(rows.to(dtype), targets, gradient=False)
+        total += loss
+        correct += hits
+    return total, correct
 
 
 def linear_cross_entropy(
@@ -252,7 +267,7 @@ def linear_cross_entropy(
         rows, chosen = labelled_rows(labels, weight.shape[0], ignore_index)
         if rows.shape[0] < x.shape[0]:
             x = x[rows]
-        total = summed_cross_entropy(x, weight, bias, chosen, label_smoothing)
+        total, _ = summed_cross_entropy(x, weight, bias, chosen, label_smoothing)
         count = rows.shape[0]
     if reduction == "sum":
         return total
@@ -262,6 +277,14 @@ def linear_cross_entropy(
 def at_least_one(count: int | Tensor) -> int | Tensor:
     """What a sum is divided by: without labels it is 0 already."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What losses and hits are added to."""
+    return (
+        torch.zeros((), dtype=_wide(dtype), device=x.device),
+        torch.zeros((), dtype=torch.int64, device=x.device),
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -198,7 +198,7 @@ class PretrainingTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         relation = outputs.get("seq_relationship_logits")
         counts = [inputs["input_ids"].new_tensor(inputs["input_ids"].numel())]
-        counts.append((inputs["labels"] != IGNORED).sum())
+        counts += [(inputs["labels"] != IGNORED).sum(), outputs["num_correct"]]
         if relation is not None:
             right = relation.argmax(-1) == inputs["next_sentence_label"]
             counts += [right.sum(), counts[0].new_tensor(len(right))]
@@ -214,9 +214,10 @@ class PretrainingTrainer(Trainer):
         self.stopped = stopped > 0  # in the same step for all
         if self.stopped:
             self.control.should_save = self.control.should_training_stop = True
-        notes = {"tokens": counts[0], "masked": counts[1]}
-        if len(counts) > 2:
-            notes["nsp_accuracy"] = counts[2] / counts[3]
+        tokens, masked, right, *pairs = counts
+        notes = {"tokens": tokens, "masked": masked, "mlm_accuracy": right / max(masked, 1)}
+        if pairs:
+            notes["nsp_accuracy"] = pairs[0] / pairs[1]
         return notes
 
     def evaluate(

@@ -433,7 +433,7 @@ def _cross_entropy(case: Case, device: str) -> dict[str, Result]:
         return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
     padded = F.pad(x, (0, -v % PADDED_TO), value=float("nan"))
-    losses = cross_entropy_(padded, bias, labels, classes=v, smoothing=smoothing, gradient=True)
+    losses, _ = cross_entropy_(padded, bias, labels, classes=v, smoothing=smoothing, gradient=True)
     gradient = padded[:, :v]
     return {"cross_entropy": Result((losses, gradient), specification, (x, bias))}
 
