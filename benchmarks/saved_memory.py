@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastbert
 
 from .encoders import config_of
+from .kept import kept_for_backward
 from .shapes import MODELS
 
 __all__ = ["saved_bytes"]
@@ -50,29 +51,20 @@ def saved_bytes(
     config.num_hidden_layers = layers
     config.hidden_dropout_prob = DROPOUT
     config.attention_probs_dropout_prob = DROPOUT if kind == "fastbert" else 0.0
-    kept: dict[int, torch.UntypedStorage] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(), torch.device(device):
         made = fastbert.BertModel if kind == "fastbert" else transformers.BertModel
         encoder = made._from_config(
             config, dtype=dtype, attn_implementation="sdpa", add_pooling_layer=False
         ).train()
-        own = {p.untyped_storage()._cdata for p in encoder.parameters()}
-
-        def keep(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage  # held, so that no address is used twice
-            return t
-
         # What enters the layers is kept by whatever made it.
         hidden = torch.zeros(batch, length, config.hidden_size, dtype=dtype, requires_grad=True)
         with (
             fastbert.backend("triton" if kind == "fastbert" else "torch"),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+            kept_for_backward(encoder) as kept,
         ):
             encoder(inputs_embeds=hidden)
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept.bytes
 
 
 def main() -> None:

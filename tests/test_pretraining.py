@@ -68,9 +68,9 @@ class At(transformers.TrainerCallback):
 
 
 def metrics_of(folder):
-    """Without times."""
+    """Without times and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory")} for line in lines]
 
 
 def weights_of(folder):
@@ -95,7 +95,7 @@ def test_a_run(pretrain, tmp_path):
     pretrain()
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "best", "checkpoints", "final", "lock", "metrics.jsonl", "run.json",
+        "best", "checkpoints", "final", "lock", "metrics.jsonl", "run.json", "tensorboard",
     }  # fmt: skip
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-6", "step-8"}
     lines = metrics_of(run)
@@ -108,7 +108,8 @@ def test_a_run(pretrain, tmp_path):
         "nsp_accuracy",
     }  # fmt: skip
     facts = json.loads((run / "run.json").read_text())
-    assert facts["steps"] == 8 and facts["_versions"]["torch"] == torch.__version__
+    assert facts["steps"] == 8 and facts["model"] is None
+    assert facts["_machine"]["torch"] == torch.__version__ and "commit" in facts["_machine"]
     card = (run / "final" / "README.md").read_text()
     assert "8 steps; held out: perplexity" in card and "texts.txt" in card
     for folder in ("best", "final"):
@@ -117,6 +118,19 @@ def test_a_run(pretrain, tmp_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(run / folder)
         fill = transformers.pipeline("fill-mask", model=str(run / folder))
         assert model.config.vocab_size == len(tokenizer) and len(fill("paris is [MASK]")) == 5
+
+
+def test_tensorboard_shows_each_step_once(pretrain, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(SystemExit):
+        pretrain(callbacks=[At(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    folder = tmp_path / "run/checkpoints"
+    (folder / "step-4").rename(tmp_path / "lost")  # so that step 4 comes twice
+    pretrain()
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for name in ("train/loss", "train/mlm_accuracy", "train/nsp_accuracy"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("eval/perplexity")] == [0, 3, 6, 8]
 
 
 def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
@@ -290,6 +304,16 @@ def test_going_on_from_a_checkpoint(pretrain, tiny_folder, tmp_path):
     """An encoder without heads gets new ones."""
     done = pretrain(model=str(tiny_folder), tokenizer=None, steps=2, learning_rate=1e-6)
     assert done.new and all(name.startswith("cls.") for name in done.new)
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert len(facts["model"]) == 32 and facts["_model"] == str(tiny_folder)
+    other = transformers.AutoModel.from_pretrained(tiny_folder)
+    other.embeddings.LayerNorm.weight.data[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    again = dict(tokenizer=str(tiny_folder), steps=2, learning_rate=1e-6)
+    with pytest.raises(InputError, match=r"model was '\w+' and is '\w+'"):
+        pretrain(model=str(tmp_path / "other"), **again)
+    (tmp_path / "moved").symlink_to(tiny_folder)
+    pretrain(model=str(tmp_path / "moved"), **again)  # where it is does not matter
     before = weights_of(tiny_folder)
     after = weights_of(tmp_path / "run/final")
     for name, value in before.items():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastbert
 
 from .errors import LoadError
-from .loading import load_sentence_transformer
+from .loading import add_to_digest, load_sentence_transformer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -163,10 +163,7 @@ class Embedder:
         tokens = getattr(self.model.tokenizer, "backend_tokenizer", None)
         found.update(repr(self.model).encode())
         found.update((tokens.to_str() if tokens else repr(self.model.tokenizer)).encode())
-        for name, tensor in self.model.state_dict().items():
-            found.update(name.encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            found.update(values.view(torch.uint8).numpy().data)
+        add_to_digest(found, self.model.state_dict())
         return found.hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:

@@ -7,16 +7,16 @@ on with what an earlier call has left.
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 import fastbert
 
+from ..benchmarks.results import machine_facts
 from ..tasks.errors import InputError
-from ..tasks.loading import (
-    quiet,
-    resolve_device,
-)
+from ..tasks.loading import add_to_digest, quiet, resolve_device
 from .beginning import model_for, tokenizer_for
 from .collating import PackedCollator
 from .corpus import Corpus, files_of
+from .cost import Cost, try_out
 from .masking import Masking
 from .request import Plan, Request, Verdict, mask_schedule
 from .run_folder import RunFolder
@@ -51,7 +51,7 @@ from .trainer import DrawnBatches, PretrainingTrainer
 __all__ = ["Pretraining", "prepare"]
 
 _HELD_OUT_TOKENS = 100_000  # of an evaluation at most, about
-_PROBE_SECONDS, _PROBE_BATCHES = 20.0, 20
+_PROBE_BATCHES = 20
 _WARMUP = 0.06  # share of the steps
 
 
@@ -124,10 +124,9 @@ class Pretraining:
         """What `train` will do, after a short trial of the model's speed."""
         segments = self._draw(0, self.train_documents)
         lengths = segments.lengths
-        batches = DrawnBatches(partial(self._draw, documents=self.train_documents),
-                               self.request.device_tokens, _PROBE_BATCHES)  # fmt: skip
         tokens = int(lengths.sum())
-        speed = self._speed(batches) * self.world_size
+        cost = self._try_out()
+        speed = cost.tokens_per_second * self.world_size
         # Of the batches of an epoch, since none of them is quite full.
         per_pass = tokens / len(TokenBudgetSampler(lengths, self.request.device_tokens))
         per_step = per_pass * self.passes * self.world_size
@@ -147,8 +146,8 @@ class Pretraining:
             passes_per_step=self.passes,
             warmup_steps=math.ceil(_WARMUP * steps),
             epochs=steps * per_step / tokens,
-            tokens_per_second=speed,
-            seconds=steps * per_step / speed,
+            cost=cost,
+            processes=self.world_size,
         )
 
     def _steps(self, per_step: float, speed: float) -> int:
@@ -171,52 +170,38 @@ class Pretraining:
             seed=self.request.seed, epoch=epoch,
         )  # fmt: skip
 
-    def _speed(self, batches: DrawnBatches) -> float:
-        """Tokens a second of this process, by a copy of the model that is trained for a moment."""
-        device = self.device
-        model = copy.deepcopy(self.model).to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        seen, start = 0, time.perf_counter()
-        with torch.random.fork_rng():
-            for index, drawn in enumerate(batches):
-                batch = self.collator([self.data[key] for key in drawn])
-                batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    loss = model(**batch).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if index == 0:  # the first one prepares much
-                    first, start = time.perf_counter() - start, time.perf_counter()
-                    tokens = batch["input_ids"].numel()
-                    if first > _PROBE_SECONDS:
-                        return tokens / first
-                    continue
-                seen += batch["input_ids"].numel()
-                if time.perf_counter() - start > _PROBE_SECONDS:
-                    break
-        return seen / (time.perf_counter() - start)
+    def _try_out(self) -> Cost:
+        batches = DrawnBatches(partial(self._draw, documents=self.train_documents),
+                               self.request.device_tokens, _PROBE_BATCHES)  # fmt: skip
+        made = (self.collator([self.data[key] for key in drawn]) for drawn in batches)
+        return try_out(self.model, made, self.device, bf16=self.bf16)
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What the run follows from, for `RunFolder.begin`."""
         asked = asdict(self.request)
         for name in ("texts", "output", "cache_dir", "workers", "device", "column", "language",
-                     "tokens", "hours"):  # fmt: skip
+                     "model", "tokenizer", "tokens", "hours"):  # fmt: skip
             asked.pop(name)
         return {
             **asked,
             "steps": steps,
-            "texts": self.corpus.digest,
+            "texts": self.corpus.digest,  # and of the tokenizer
+            "model": self._model_digest(),
             "world_size": self.world_size,
             "_texts": list(self.request.texts),
-            "_versions": {
-                "fastbert": fastbert.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "_model": self.request.model,
+            "_tokenizer": self.request.tokenizer,
+            "_machine": machine_facts(self.device.type),
         }
+
+    def _model_digest(self) -> str | None:
+        """Of what the checkpoint has; what is new follows from the seed."""
+        if self.request.model is None:
+            return None
+        tensors = self.model.state_dict()
+        found = hashlib.blake2b(digest_size=16)
+        add_to_digest(found, {k: v for k, v in tensors.items() if k not in self.new})
+        return found.hexdigest()
 
     def train(
         self,
@@ -242,11 +227,13 @@ class Pretraining:
             quiet(),
         ):
             begun = run.begin(self.facts(plan.steps), allow)
+            found = run.latest()
             trainer = self._trainer(plan, run, stop, [*callbacks])
             trainer.accelerator.wait_for_everyone()
             if begun.get("steps") == plan.steps and (run.path / "final").exists():
                 return self._verdict(run, plan, None)
-            found = run.latest()
+            if self.is_main and find_spec("tensorboard"):
+                trainer.add_callback(_tensorboard(run, found[0] if found else 0))
             if found is not None:
                 trainer.go_on(*found)
             else:
@@ -348,6 +335,13 @@ class Pretraining:
             f"(digest {self.corpus.digest}).\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n",
             "utf-8",
         )
+
+
+def _tensorboard(run: RunFolder, step: int) -> TensorBoardCallback:
+    """Writes what is logged into the folder of the run, in place of what is there behind a step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1))
 
 
 class _Stop:

@@ -53,9 +53,15 @@ class Shown(TrainerCallback):
         step = state.global_step
         share = (step - self._first) / (time.perf_counter() - self._start)
         speed = share * self._plan.tokens_per_step
+        right = f"masked right {logs['mlm_accuracy']:.1%}"
+        if "nsp_accuracy" in logs:
+            right += f", pairs {logs['nsp_accuracy']:.0%}"
+        matrix = self._plan.matrix_share(speed)
+        of_machine = "" if matrix is None else f", {matrix:.0%} of the matrix rate"
         text = (
-            f"loss {logs['loss']:.3f} | norm {logs.get('grad_norm', 0.0):.2f} "
-            f"| rate {logs['learning_rate']:.1e} | {speed:,.0f} tokens/s{self._evaluated}"
+            f"loss {logs['loss']:.3f} | {right} | norm {logs.get('grad_norm', 0.0):.2f} "
+            f"| rate {logs['learning_rate']:.1e} | {speed:,.0f} tokens/s{of_machine} "
+            f"| {logs['memory'] / 2**30:.1f} GB{self._evaluated}"
         )
         self._bar.update(self._task, completed=step, text=text)
         if self._bar.disable and (step % self._every == 0 or step == state.max_steps):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..tasks.errors import InputError
+from .cost import Cost
 
 __all__ = ["Plan", "Request", "Verdict", "mask_schedule"]
 
@@ -99,8 +100,26 @@ class Plan(NamedTuple):
     passes_per_step: int
     warmup_steps: int
     epochs: float
-    tokens_per_second: float
-    seconds: float
+    cost: Cost
+    processes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all processes."""
+        return self.cost.tokens_per_second * self.processes
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.steps * self.tokens_per_step / self.tokens_per_second
+
+    def matrix_share(self, tokens_per_second: float) -> float | None:
+        """Share of the rate of a large product that training at this speed has."""
+        if self.cost.matrix_rate is None:
+            return None
+        return (
+            tokens_per_second * self.cost.flops_per_token / (self.cost.matrix_rate * self.processes)
+        )
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What is told, with its name."""
@@ -126,11 +145,21 @@ class Plan(NamedTuple):
                 f"{self.warmup_steps:,} to warm up"
             ),
         )
+        cost = self.cost
+        yield (
+            "memory",
+            (
+                f"{_size(cost.state_bytes)} of parameters, gradients and moments, "
+                f"{_size(cost.kept_bytes)} kept for backward in a pass"
+            ),
+        )
+        share = self.matrix_share(self.tokens_per_second)
+        of_machine = "" if share is None else f", {share:.0%} of the machine's matrix rate"
         yield (
             "time",
             (
-                f"{_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second, "
-                "evaluations not counted"
+                f"{_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second"
+                f"{of_machine}; evaluations not counted"
             ),
         )
 
@@ -139,6 +168,10 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MB" if count < 2**30 else f"{count / 2**30:,.1f} GB"
 
 
 class Verdict(NamedTuple):

@@ -25,10 +25,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..tasks.durable import write_json
 from ..tasks.errors import TaskError
 from .collating import check_packs
+from .cost import memory_used
 from .masking import IGNORED
 from .run_folder import RunFolder, writing_in
 from .sampling import TokenBudgetSampler
 from .segments import Drawn, Segments
+
+# Of a step, in metrics.jsonl.
+_LOGGED = ("loss", "grad_norm", "learning_rate", "tokens", "masked", "mlm_accuracy", "nsp_accuracy",
+           "seconds", "memory")  # fmt: skip
 
 __all__ = ["DrawnBatches", "NotFinite", "PretrainingTrainer"]
 
@@ -163,6 +168,11 @@ class PretrainingTrainer(Trainer):
         self.stopped = False
         self.add_callback(_EachStep(self))
 
+    def begin(self) -> None:
+        """Count time from now on."""
+        self.seconds.begin()
+        self._logged = time.perf_counter()
+
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.batches)
 
@@ -205,7 +215,15 @@ class PretrainingTrainer(Trainer):
         self._noted.append(torch.stack(counts))
         return (loss, outputs) if return_outputs else loss
 
-    def take_notes(self) -> dict[str, float]:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:  # of a step: what else is known of it, for all who look
+            logs |= self._notes()
+            now = time.perf_counter()
+            logs |= {"seconds": now - self._logged, "memory": memory_used(self.args.device)}
+            self._logged = now
+        super().log(logs, *args, **kwargs)
+
+    def _notes(self) -> dict[str, float]:
         """What was counted since the last time, of all processes."""
         counts = torch.stack(self._noted).sum(0)
         self._noted.clear()
@@ -337,11 +355,9 @@ class _EachStep(TrainerCallback):
 
     def __init__(self, trainer: PretrainingTrainer):
         self._trainer = trainer
-        self._last = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._last = time.perf_counter()
-        self._trainer.seconds.begin()
+        self._trainer.begin()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.seconds.add("model", time.perf_counter() - self._trainer.passed)
@@ -350,12 +366,7 @@ class _EachStep(TrainerCallback):
         state.log_history.clear()  # it would be written with every checkpoint; metrics have it
         line = {"step": state.global_step}
         if "loss" in logs:
-            now = time.perf_counter()
-            names = ("loss", "grad_norm", "learning_rate")
-            line |= {name: logs[name] for name in names if name in logs}
-            line |= self._trainer.take_notes()
-            line |= {"seconds": now - self._last}
-            self._last = now
+            line |= {name: logs[name] for name in _LOGGED if name in logs}
         elif "eval_loss" in logs:
             line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
         else:
