@@ -338,6 +338,7 @@ def test_steps_from_tokens_and_hours(request_for):
     [
         ({"steps": None}, InputError, "one of --tokens, --steps and --hours"),
         ({"tokens": 9}, InputError, "one of --tokens, --steps and --hours"),
+        ({"fsdp": True}, InputError, "several processes .* torchrun"),
         (
             {"batch_tokens": 30},
             InputError,
@@ -393,7 +394,8 @@ def test_a_falling_share_is_masked(pretrain, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "shares"])
+def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch, fsdp):
     """Without dropout, which draws in each process for itself."""
     from dataclasses import asdict
 
@@ -418,7 +420,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
         + "pretrained = prepare",
     ).replace("train(pretrained.plan())", "train(pretrained.plan(), callbacks=[At()])")
     (tmp_path / "program.py").write_text(program)
-    arguments = [repr(asdict(request_for("two"))), os.getcwd(), "publish:0"]
+    arguments = [repr(asdict(request_for("two", fsdp=fsdp))), os.getcwd(), "publish:0"]
     for stops, codes in (("1", {1}), ("", {0})):  # first one of them gets a signal
         monkeypatch.setenv("STOPS", stops)
         done = in_a_process(
@@ -426,7 +428,9 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch):
             str(tmp_path / "program.py"), *arguments,
         )  # fmt: skip
         assert done.returncode in codes, done.stderr[-3000:]
-        assert RunFolder(tmp_path / "two", "pretrain").latest()[0] == (4 if stops else 8)
+        latest = RunFolder(tmp_path / "two", "pretrain").latest()
+        assert latest and latest[0] == (4 if stops else 8), done.stderr[-6000:]
+    assert (tmp_path / "two/checkpoints/step-8/pytorch_model_fsdp.bin").exists() == fsdp
     one, two = (weights_of(tmp_path / name / "final") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4)

@@ -83,6 +83,9 @@ def command(
     workers: Annotated[int, typer.Option(min=0, help="Processes that make batches.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order, pairs and masks.")] = 0,
     device: Device = "auto",
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Share parameters and optimiser out among processes.")
+    ] = False,
     cache_dir: Annotated[
         str | None, typer.Option(help="For tokenised texts; default: that of datasets.")
     ] = None,
@@ -131,6 +134,7 @@ def command(
         seed=seed,
         workers=workers,
         device=device,
+        fsdp=fsdp,
         cache_dir=cache_dir,
     )
     pretraining = prepare(request)

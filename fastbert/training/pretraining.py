@@ -113,6 +113,11 @@ class Pretraining:
                 f"expected --tokens or --steps with {self.world_size} processes, got --hours; each "
                 "would find a speed of its own"
             )
+        if self.world_size == 1 and request.fsdp:
+            raise InputError(
+                "expected several processes to share a model out to with --fsdp, got one; start "
+                "them by torchrun --nproc-per-node N -m fastbert pretrain ..."
+            )
         self.device = resolve_device(request.device)
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -227,9 +232,9 @@ class Pretraining:
             quiet(),
         ):
             begun = run.begin(self.facts(plan.steps), allow)
-            found = run.latest()
             trainer = self._trainer(plan, run, stop, [*callbacks])
-            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.wait_for_everyone()  # behind what the first one does to the folder
+            found = run.latest()
             if begun.get("steps") == plan.steps and (run.path / "final").exists():
                 return self._verdict(run, plan, None)
             if self.is_main and find_spec("tensorboard"):
@@ -263,6 +268,7 @@ class Pretraining:
             lr_scheduler_type="linear",
             warmup_steps=plan.warmup_steps,
             bf16=self.bf16,
+            fsdp=request.fsdp or None,
             use_cpu=self.device.type == "cpu",
             seed=request.seed,
             logging_steps=1,

@@ -32,6 +32,7 @@ class Request:
         learning_rate: at its highest, None for what suits the model.
         held_out: share of the documents that are evaluated on.
         patience: evaluations without gain that end the run.
+        fsdp: parameters, gradients and moments are shared out among the processes.
     """
 
     texts: tuple[str, ...]
@@ -60,6 +61,7 @@ class Request:
     seed: int = 0
     workers: int = 0
     device: str = "auto"
+    fsdp: bool = False
     cache_dir: str | None = None
 
 

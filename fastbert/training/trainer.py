@@ -385,21 +385,14 @@ class _EachStep(TrainerCallback):
 
 def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Of a batch: summed masked-LM loss, right and all masked tokens; the same of its pairs."""
-    labels = inputs.pop("labels")
-    relations = inputs.pop("next_sentence_label", None)
-    outputs = model.base_model(**inputs)
-    chosen = labels != IGNORED
-    scores = model.cls.predictions(outputs.last_hidden_state[chosen]).float()
-    labels = labels[chosen]
-    found = _summed(scores, labels)
-    if relations is None:
-        return torch.cat([found, torch.zeros_like(found)])
-    relation = model.cls.seq_relationship(outputs.pooler_output).float()
-    return torch.cat([found, _summed(relation, relations)])
-
-
-def _summed(scores: Tensor, labels: Tensor) -> Tensor:
-    """``[3]``: summed loss, how many are right, how many there are."""
-    loss = F.cross_entropy(scores, labels, reduction="sum")
-    right = (scores.argmax(-1) == labels).sum()
-    return torch.stack([loss.double(), right.double(), loss.new_tensor(len(labels)).double()])
+    outputs = model(**inputs, skip_logits=True)
+    masked = (inputs["labels"] != IGNORED).sum()
+    relation, pairs = outputs.get("seq_relationship_logits"), torch.zeros(3, device=masked.device)
+    loss = outputs.loss.double()
+    if relation is not None:
+        relation, labels = relation.float(), inputs["next_sentence_label"]
+        right = (relation.argmax(-1) == labels).sum()
+        pairs = torch.stack([F.cross_entropy(relation, labels, reduction="sum"), right,
+                             right.new_tensor(len(labels))])  # fmt: skip
+        loss = loss - pairs[0] / len(labels)
+    return torch.cat([torch.stack([loss * masked, outputs.num_correct, masked]), pairs.double()])
