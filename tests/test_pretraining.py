@@ -338,7 +338,7 @@ def test_steps_from_tokens_and_hours(request_for):
     [
         ({"steps": None}, InputError, "one of --tokens, --steps and --hours"),
         ({"tokens": 9}, InputError, "one of --tokens, --steps and --hours"),
-        ({"fsdp": True}, InputError, "several processes .* torchrun"),
+        ({"fsdp": True}, InputError, "several processes with a GPU each .* got 1 on cpu"),
         (
             {"batch_tokens": 30},
             InputError,
@@ -393,6 +393,23 @@ def test_a_falling_share_is_masked(pretrain, tmp_path):
     assert shares[0] > 0.4 and shares[-1] < 0.17
 
 
+# accelerate shards on accelerators alone.
+SHARDS_ON_CPU = """
+import accelerate.state as state
+make = state.AcceleratorState.__init__
+
+def made(self, *args, fsdp_plugin=None, **kwargs):
+    make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = state.DistributedType.FSDP
+        state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+state.AcceleratorState.__init__ = made
+pretraining._shards_on = lambda device: True
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "shares"])
 def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch, fsdp):
@@ -417,6 +434,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch, fsd
         "beginning.BertConfig = functools.partial(transformers.BertConfig, "
         "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)\n"
         + callback
+        + (SHARDS_ON_CPU if fsdp else "")
         + "pretrained = prepare",
     ).replace("train(pretrained.plan())", "train(pretrained.plan(), callbacks=[At()])")
     (tmp_path / "program.py").write_text(program)

@@ -113,12 +113,13 @@ class Pretraining:
                 f"expected --tokens or --steps with {self.world_size} processes, got --hours; each "
                 "would find a speed of its own"
             )
-        if self.world_size == 1 and request.fsdp:
-            raise InputError(
-                "expected several processes to share a model out to with --fsdp, got one; start "
-                "them by torchrun --nproc-per-node N -m fastbert pretrain ..."
-            )
         self.device = resolve_device(request.device)
+        if request.fsdp and not (self.world_size > 1 and _shards_on(self.device)):
+            raise InputError(
+                "expected several processes with a GPU each to share a model out to with --fsdp, "
+                f"got {self.world_size} on {self.device.type}; start them by torchrun "
+                "--nproc-per-node N -m fastbert pretrain ..., or leave it out"
+            )
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -269,6 +270,7 @@ class Pretraining:
             warmup_steps=plan.warmup_steps,
             bf16=self.bf16,
             fsdp=request.fsdp or None,
+            fsdp_config={"auto_wrap_policy": "NO_WRAP"} if request.fsdp else None,
             use_cpu=self.device.type == "cpu",
             seed=request.seed,
             logging_steps=1,
@@ -341,6 +343,11 @@ class Pretraining:
             f"(digest {self.corpus.digest}).\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n",
             "utf-8",
         )
+
+
+def _shards_on(device: torch.device) -> bool:
+    """Whether accelerate does; elsewhere it would make copies and not say so."""
+    return device.type != "cpu"
 
 
 def _tensorboard(run: RunFolder, step: int) -> TensorBoardCallback:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -167,6 +168,8 @@ class PretrainingTrainer(Trainer):
         self._noted: list[Tensor] = []
         self.stopped = False
         self.add_callback(_EachStep(self))
+        if self.is_fsdp_enabled:
+            _share_out(model, self.accelerator.state.fsdp_plugin)
 
     def begin(self) -> None:
         """Count time from now on."""
@@ -315,6 +318,20 @@ class PretrainingTrainer(Trainer):
         self.batches.done = step * self.args.gradient_accumulation_steps
         self.batches.starts = json.loads((checkpoint / "batches.json").read_text("utf-8"))
         self.run.forget_after(step)
+
+
+def _share_out(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+    """A unit of FSDP2 for each layer and one for the rest, whose weights are used outside of their
+    modules too; accelerate, which would make more of them, leaves a model alone that has them."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    }
+    for layer in model.base_model.encoder.layer:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
 
 
 class Seconds:
