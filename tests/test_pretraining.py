@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from fastbert.benchmarks.pretraining import compare
 from tiny import tiny_config
 
 import fastbert
@@ -238,6 +240,20 @@ def test_a_full_disk_loses_nothing(pretrain, tmp_path, monkeypatch):
     assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == 3
     pretrain("parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_where_nothing_can_be_written(pretrain, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write in '.*file/run': Not a directory"):
+        pretrain("file/run")
+
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    for tokenizer in ({}, {"tokenizer": None, "vocab_size": 60}):
+        with pytest.raises(OutputError, match=r"cannot write in '.*run': Read-only file system"):
+            pretrain(**tokenizer)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch):
@@ -477,3 +493,12 @@ def test_the_command(run, texts, text_cache, tiny_folder, tmp_path):
     assert code == 3 and "seed was 0 and is 3" in err
     code, _, err = run(*arguments[:-6], "--batch-tokens", "many")
     assert code == 2 and "such as 32k or 100M" in err
+
+
+@pytest.mark.slow
+def test_steps_are_compared_with_transformers(tiny_folder):
+    """That their losses agree is asserted inside."""
+    found = compare(size="tiny", max_length=40, tokens=256, steps=3, rounds=2,
+                    tokenizer=tiny_folder, device="cpu")  # fmt: skip
+    assert len(found.fastbert) == len(found.transformers) == 4
+    assert found.ratio > 0 and 0.4 < found.fill < 0.7 and 0 < found.overhead < 1

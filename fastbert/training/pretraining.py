@@ -176,9 +176,19 @@ class Pretraining:
             seed=self.request.seed, epoch=epoch,
         )  # fmt: skip
 
+    def batches(self, count: int, **share: int) -> DrawnBatches:
+        """The batches of a run of so many; of one process by its ``rank`` and ``world_size``."""
+        return DrawnBatches(
+            partial(self._draw, documents=self.train_documents),
+            self.request.device_tokens,
+            count,
+            seed=self.request.seed,
+            probability=mask_schedule(self.request.mask),
+            **share,
+        )
+
     def _try_out(self) -> Cost:
-        batches = DrawnBatches(partial(self._draw, documents=self.train_documents),
-                               self.request.device_tokens, _PROBE_BATCHES)  # fmt: skip
+        batches = self.batches(_PROBE_BATCHES, rank=0, world_size=1)
         made = (self.collator([self.data[key] for key in drawn]) for drawn in batches)
         return try_out(self.model, made, self.device, bf16=self.bf16)
 
@@ -283,20 +293,13 @@ class Pretraining:
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
         )
-        share = {"rank": args.process_index, "world_size": args.world_size, "seed": request.seed}
-        batches = DrawnBatches(
-            partial(self._draw, documents=self.train_documents),
-            request.device_tokens,
-            plan.steps * self.passes,
-            probability=mask_schedule(request.mask),
-            **share,
-        )
+        share = {"rank": args.process_index, "world_size": args.world_size}
         trainer = PretrainingTrainer(
             self.model,
             args,
             dataset=self.data,
             data_collator=self.collator,
-            batches=batches,
+            batches=self.batches(plan.steps * self.passes, **share),
             held_out=self._held_out(share) if evaluates else None,
             run=run,
             patience=request.patience,
@@ -312,7 +315,8 @@ class Pretraining:
         tokens = self.request.device_tokens
         count = len(TokenBudgetSampler(drawer(0).lengths, tokens, rank=0, world_size=1))
         count = min(count, math.ceil(_HELD_OUT_TOKENS / tokens))
-        return DrawnBatches(drawer, tokens, max(count // share["world_size"], 1), **share)
+        count = max(count // share["world_size"], 1)
+        return DrawnBatches(drawer, tokens, count, seed=self.request.seed, **share)
 
     def _verdict(self, run: RunFolder, plan: Plan, overhead: float | None) -> Verdict:
         found = [line for line in run.metrics() if "eval_loss" in line]
