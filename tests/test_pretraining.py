@@ -252,7 +252,7 @@ def test_where_nothing_can_be_written(pretrain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     for tokenizer in ({}, {"tokenizer": None, "vocab_size": 60}):
-        with pytest.raises(OutputError, match=r"cannot write in '.*run': Read-only file system"):
+        with pytest.raises(OutputError, match=r"cannot write in '.*': Read-only file system"):
             pretrain(**tokenizer)
 
 

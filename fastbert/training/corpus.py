@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tasks.errors import InputError, LoadError
 from ..tasks.reading import KINDS, LISTED, BadRow, TextFile
+from .run_folder import writing_in
 
 if TYPE_CHECKING:
     import datasets
@@ -250,33 +251,34 @@ def _tokenised(
         return {"tokens": tokens, "sentences": sizes}
 
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = datasets.List(datasets.Value("int32"))
     texts = {"text": datasets.Value("large_string"), "bad": datasets.Value("string")}
     shown = datasets.is_progress_bar_enabled()
     # Of several processes one does it; the others find it done.
-    with FileLock(folder / f"fastbert-{digest}.lock"):
-        datasets.disable_progress_bars()
-        try:
-            read_in = datasets.Dataset.from_generator(
-                read,
-                gen_kwargs={"readers": readers},
-                features=datasets.Features(texts),
-                cache_dir=str(folder),
-                fingerprint=f"{digest}-texts",
-            )
-            return read_in.map(
-                tokenise,
-                batched=True,
-                batch_size=_BATCH,
-                remove_columns=["text"],
-                features=datasets.Features(
-                    {"bad": texts["bad"], "tokens": numbers, "sentences": numbers}
-                ),
-                new_fingerprint=f"{digest}-tokens",
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        finally:
-            if shown:
-                datasets.enable_progress_bars()
+    with writing_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"fastbert-{digest}.lock"):
+            datasets.disable_progress_bars()
+            try:
+                read_in = datasets.Dataset.from_generator(
+                    read,
+                    gen_kwargs={"readers": readers},
+                    features=datasets.Features(texts),
+                    cache_dir=str(folder),
+                    fingerprint=f"{digest}-texts",
+                )
+                return read_in.map(
+                    tokenise,
+                    batched=True,
+                    batch_size=_BATCH,
+                    remove_columns=["text"],
+                    features=datasets.Features(
+                        {"bad": texts["bad"], "tokens": numbers, "sentences": numbers}
+                    ),
+                    new_fingerprint=f"{digest}-tokens",
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ or error from None
+            finally:
+                if shown:
+                    datasets.enable_progress_bars()
