@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 import fastbert
 from fastbert.training import Corpus, Masking, PackedCollator, SegmentDataset, draw
-from fastbert.training.trainer import DrawnBatches
+from fastbert.training.masked_lm import DrawnBatches
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 

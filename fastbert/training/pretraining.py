@@ -41,12 +41,12 @@ from .beginning import model_for, tokenizer_for
 from .collating import PackedCollator
 from .corpus import Corpus, files_of
 from .cost import Cost, try_out
+from .masked_lm import DrawnBatches, PretrainingTrainer
 from .masking import Masking
 from .request import Plan, Request, Verdict, mask_schedule
 from .run_folder import RunFolder
 from .sampling import TokenBudgetSampler
 from .segments import SegmentDataset, Segments, draw
-from .trainer import DrawnBatches, PretrainingTrainer
 
 __all__ = ["Pretraining", "prepare"]
 

@@ -10,141 +10,59 @@ from __future__ import annotations
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..tasks.durable import write_json
 from ..tasks.errors import TaskError
+from .batches import BatchStream
 from .collating import check_packs
 from .cost import memory_used
-from .masking import IGNORED
 from .run_folder import RunFolder, writing_in
-from .sampling import TokenBudgetSampler
-from .segments import Drawn, Segments
 
-# Of a step, in metrics.jsonl.
-_LOGGED = ("loss", "grad_norm", "learning_rate", "tokens", "masked", "mlm_accuracy", "nsp_accuracy",
-           "seconds", "memory")  # fmt: skip
+_TRAINERS = ("epoch", "num_input_tokens_seen")  # which a stream of batches has no use for
 
-__all__ = ["DrawnBatches", "NotFinite", "PretrainingTrainer"]
+__all__ = ["NotFinite", "RunTrainer"]
 
 
 class NotFinite(TaskError):
     """The loss is no number any more; the last checkpoint is from before."""
 
 
-class DrawnBatches(Sampler[list[Drawn]]):
-    """The batches of a whole run, epoch after epoch, each of at most ``tokens`` tokens.
-
-    The stream of batches is one for all processes, which take turns: so many steps of so many
-    batches are the same on one process and on several.
+class RunTrainer(Trainer, ABC):
+    """Trains in a folder of a run, on a stream of batches.
 
     Args:
-        draw: the examples of an epoch.
-        tokens: of a batch at most.
-        count: batches of this process.
-        seed: of the order.
-        rank, world_size: which process this is, of how many.
-        probability: share of the tokens to be masked, by the share of the run that is over.
-
-    Attributes:
-        done: batches that this process was given before; of these `__iter__` gives empty ones,
-            for Trainer to skip.
-        starts: where in the stream each epoch that is known by now begins.
-    """
-
-    def __init__(
-        self,
-        draw: Callable[[int], Segments],
-        tokens: int,
-        count: int,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        probability: Callable[[float], float] = lambda share: 0.15,
-    ):
-        self._draw, self._tokens, self._seed = draw, tokens, seed
-        self._count, self._rank, self._world_size = count, rank, world_size
-        self._probability = probability
-        self.done = 0
-        self.starts = [0]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[list[Drawn]]:
-        yield from ([] for _ in range(self.done))
-        left = self._count - self.done
-        for place, segments, epoch, batch in self._stream(self.done * self._world_size):
-            if left == 0:
-                return
-            if place % self._world_size == self._rank:
-                left -= 1
-                yield self._drawn(segments, epoch, batch, place)
-
-    def _stream(self, start: int) -> Iterator[tuple[int, Segments, int, list[int]]]:
-        """The batches of all processes from one on: place, examples of the epoch, epoch, and which
-        of them."""
-        epoch = max(e for e, first in enumerate(self.starts) if first <= start)
-        while True:
-            segments = self._draw(epoch)
-            batches = TokenBudgetSampler(
-                segments.lengths, self._tokens, seed=self._seed, epoch=epoch, rank=0, world_size=1
-            )
-            first = self.starts[epoch]
-            if epoch + 1 == len(self.starts):
-                self.starts.append(first + len(batches))
-            skipped = min(max(start - first, 0), len(batches))
-            batches.resume(epoch, skipped)
-            for place, batch in enumerate(batches, first + skipped):
-                yield place, segments, epoch, batch
-            epoch += 1
-
-    def _drawn(self, segments: Segments, epoch: int, batch: list[int], place: int) -> list[Drawn]:
-        probability = self._probability(place / (self._count * self._world_size))
-        return [
-            Drawn(
-                epoch,
-                index,
-                tuple(segments.a[index].tolist()),
-                tuple(segments.b[index].tolist()),
-                int(segments.random[index]),
-                probability,
-            )
-            for index in batch
-        ]
-
-
-class PretrainingTrainer(Trainer):
-    """Trains a masked-LM model, with next-sentence prediction or without, on drawn segments.
-
-    Args:
-        model: a `fastbert.BertForPreTraining` or `fastbert.BertForMaskedLM`.
+        model: one of fastbert's classes.
         args: of transformers; `run` says where things go.
-        dataset: `fastbert.training.SegmentDataset`, by what the samplers draw.
-        data_collator: `fastbert.training.PackedCollator` with a masking.
+        dataset: gives examples, by what ``batches`` and ``held_out`` know them by.
+        data_collator: a `fastbert.training.PackedCollator`.
         batches: of the run.
         held_out: of an evaluation, or None.
         run: where checkpoints, metrics and the best model go.
-        patience: evaluations without a better loss after which the run ends.
+        patience: evaluations without a better one after which the run ends.
         stop: whether this process has been asked to end; all of them do, behind a checkpoint.
         options: of `transformers.Trainer`.
+
+    Attributes:
+        best, greater_is_better: the metric that says which model is kept as the best.
 
     Raises:
         TypeError: a model that would let packed sequences attend to each other.
         NotFinite: while training, a loss that is not finite.
     """
+
+    best, greater_is_better = "loss", False
 
     def __init__(
         self,
@@ -153,8 +71,8 @@ class PretrainingTrainer(Trainer):
         *,
         dataset: Dataset,
         data_collator: Callable,
-        batches: DrawnBatches,
-        held_out: DrawnBatches | None,
+        batches: BatchStream,
+        held_out: BatchStream | None,
         run: RunFolder,
         patience: int | None = None,
         stop: Callable[[], bool] = lambda: False,
@@ -171,15 +89,28 @@ class PretrainingTrainer(Trainer):
         if self.is_fsdp_enabled:
             _share_out(model, self.accelerator.state.fsdp_plugin)
 
+    @abstractmethod
+    def count(self, inputs: dict[str, Any], outputs: Any) -> list[Tensor]:
+        """What of a batch is to be told, int64 numbers that can be added up."""
+
+    @abstractmethod
+    def told(self, counts: list[int]) -> dict[str, float]:
+        """What the sums of `count` over a step come to, for its line of metrics."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """An evaluation: metrics of all processes, `best` among them."""
+
     def begin(self) -> None:
         """Count time from now on."""
         self.seconds.begin()
         self._logged = time.perf_counter()
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.batches)
+        return self.loader(self.batches)
 
-    def _loader(self, batches: DrawnBatches) -> DataLoader:
+    def loader(self, batches: BatchStream) -> DataLoader:
+        """Of the batches of this process."""
         # Not accelerator.prepare's: it would share batches out that are shared out already.
         return DataLoader(
             self.train_dataset,
@@ -209,13 +140,8 @@ class PretrainingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        relation = outputs.get("seq_relationship_logits")
-        counts = [inputs["input_ids"].new_tensor(inputs["input_ids"].numel())]
-        counts += [(inputs["labels"] != IGNORED).sum(), outputs["num_correct"]]
-        if relation is not None:
-            right = relation.argmax(-1) == inputs["next_sentence_label"]
-            counts += [right.sum(), counts[0].new_tensor(len(right))]
-        self._noted.append(torch.stack(counts))
+        tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
+        self._noted.append(torch.stack([tokens, *self.count(inputs, outputs)]))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -235,35 +161,20 @@ class PretrainingTrainer(Trainer):
         self.stopped = stopped > 0  # in the same step for all
         if self.stopped:
             self.control.should_save = self.control.should_training_stop = True
-        tokens, masked, right, *pairs = counts
-        notes = {"tokens": tokens, "masked": masked, "mlm_accuracy": right / max(masked, 1)}
-        if pairs:
-            notes["nsp_accuracy"] = pairs[0] / pairs[1]
-        return notes
+        return {"tokens": counts[0], **self.told(counts[1:])}
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, accuracy and perplexity on the documents that are held out."""
+        """What `measure` finds now."""
         if self.held_out is None:
             return {}
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         with self.seconds.of("evaluation"), torch.no_grad():
-            for inputs in self._loader(self.held_out):
-                sums += _scores(model, self._prepare_inputs(inputs)).to(sums)
+            found = self.measure(model)
         model.train(was_training)
-        mlm, right, count, nsp, nsp_right, pairs = self.accelerator.reduce(sums).tolist()
-        found = {
-            "loss": mlm / count + nsp / max(pairs, 1),
-            "mlm_loss": mlm / count,
-            "perplexity": math.exp(min(mlm / count, 700)),
-            "mlm_accuracy": right / count,
-        }
-        if pairs:
-            found |= {"nsp_loss": nsp / pairs, "nsp_accuracy": nsp_right / pairs}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -271,15 +182,17 @@ class PretrainingTrainer(Trainer):
         )
         return metrics
 
-    def keep_best(self, loss: float) -> None:
+    def keep_best(self, value: float) -> None:
         """Save the model if no evaluation was better; end the run after too many that are not."""
-        if self.state.best_metric is None or loss < self.state.best_metric:
-            self.state.best_metric = loss
+        sign = 1 if self.greater_is_better else -1
+        if self.state.best_metric is None or sign * value > sign * self.state.best_metric:
+            self.state.best_metric = value
             self.save_to("best")
         if self.patience is not None:
             self.accelerator.wait_for_everyone()  # for the line of this evaluation
-            losses = [x["eval_loss"] for x in self.run.metrics() if "eval_loss" in x]
-            if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+            name = f"eval_{self.best}"
+            values = [sign * line[name] for line in self.run.metrics() if name in line]
+            if len(values) - 1 - values.index(max(values)) >= self.patience:
                 self.control.should_training_stop = True
 
     def save_to(self, name: str, add: Callable[[Path], object] | None = None) -> None:
@@ -370,7 +283,7 @@ class Seconds:
 class _EachStep(TrainerCallback):
     """Writes what Trainer says of each step, and refuses to go on without a finite loss."""
 
-    def __init__(self, trainer: PretrainingTrainer):
+    def __init__(self, trainer: RunTrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -383,7 +296,7 @@ class _EachStep(TrainerCallback):
         state.log_history.clear()  # it would be written with every checkpoint; metrics have it
         line = {"step": state.global_step}
         if "loss" in logs:
-            line |= {name: logs[name] for name in _LOGGED if name in logs}
+            line |= {name: value for name, value in logs.items() if name not in _TRAINERS}
         elif "eval_loss" in logs:
             line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
         else:
@@ -397,19 +310,4 @@ class _EachStep(TrainerCallback):
             )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._trainer.keep_best(metrics["eval_loss"])
-
-
-def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Of a batch: summed masked-LM loss, right and all masked tokens; the same of its pairs."""
-    outputs = model(**inputs, skip_logits=True)
-    masked = (inputs["labels"] != IGNORED).sum()
-    relation, pairs = outputs.get("seq_relationship_logits"), torch.zeros(3, device=masked.device)
-    loss = outputs.loss.double()
-    if relation is not None:
-        relation, labels = relation.float(), inputs["next_sentence_label"]
-        right = (relation.argmax(-1) == labels).sum()
-        pairs = torch.stack([F.cross_entropy(relation, labels, reduction="sum"), right,
-                             right.new_tensor(len(labels))])  # fmt: skip
-        loss = loss - pairs[0] / len(labels)
-    return torch.cat([torch.stack([loss * masked, outputs.num_correct, masked]), pairs.double()])
+        self._trainer.keep_best(metrics[f"eval_{self._trainer.best}"])
