@@ -149,7 +149,7 @@ def _transformers_seconds(
     ends = _Ends()
     arguments = TrainingArguments(
         folder, max_steps=plan.steps, gradient_accumulation_steps=plan.passes_per_step,
-        bf16=pretraining.bf16, use_cpu=pretraining.device.type == "cpu", logging_steps=1,
+        bf16=pretraining.processes.bf16, use_cpu=pretraining.device.type == "cpu", logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
     trainer = _WithBatches(model, arguments, callbacks=[ends], train_dataset=pretraining.data)

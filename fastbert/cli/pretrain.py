@@ -139,7 +139,7 @@ def command(
     )
     pretraining = prepare(request)
     plan = pretraining.plan()
-    if pretraining.is_main:
+    if pretraining.processes.is_main:
         for name, text in plan.lines():
             typer.echo(f"{name:>11}: {text}", err=True)
         for reason in pretraining.corpus.bad:
@@ -147,7 +147,7 @@ def command(
     if dry_run:
         return
     verdict = pretraining.train(plan, allow=allow_change or (), callbacks=[Shown(console, plan)])
-    if not pretraining.is_main:
+    if not pretraining.processes.is_main:
         return
     if verdict.overhead is not None:
         typer.echo(f"time outside the model: {verdict.overhead:.1%}", err=True)

@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
-    TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
 
 import fastbert
 
 from ..benchmarks.results import machine_facts
 from ..tasks.errors import InputError
-from ..tasks.loading import add_to_digest, quiet, resolve_device
+from ..tasks.loading import add_to_digest
 from .beginning import model_for, tokenizer_for
 from .collating import PackedCollator
 from .corpus import Corpus, files_of
@@ -44,6 +35,7 @@ from .cost import Cost, try_out
 from .masked_lm import DrawnBatches, PretrainingTrainer
 from .masking import Masking
 from .request import Plan, Request, Verdict, mask_schedule
+from .run import Processes, arguments_for, train_in
 from .run_folder import RunFolder
 from .sampling import TokenBudgetSampler
 from .segments import SegmentDataset, Segments, draw
@@ -105,25 +97,14 @@ class Pretraining:
         self.data = SegmentDataset(corpus, tokenizer, pairs=request.nsp)
         masking = Masking(tokenizer, seed=request.seed, whole_words=request.whole_words)
         self.collator = PackedCollator(model, masking=masking)
-        # What torchrun says.
-        self.is_main = os.environ.get("RANK", "0") == "0"
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world_size > 1 and request.hours is not None:
+        self.processes = Processes.here(request.device, fsdp=request.fsdp, command="pretrain")
+        self.device = self.processes.device
+        if self.processes.count > 1 and request.hours is not None:
             raise InputError(
-                f"expected --tokens or --steps with {self.world_size} processes, got --hours; each "
-                "would find a speed of its own"
+                f"expected --tokens or --steps with {self.processes.count} processes, got --hours; "
+                "each would find a speed of its own"
             )
-        self.device = resolve_device(request.device)
-        if request.fsdp and not (self.world_size > 1 and _shards_on(self.device)):
-            raise InputError(
-                "expected several processes with a GPU each to share a model out to with --fsdp, "
-                f"got {self.world_size} on {self.device.type}; start them by torchrun "
-                "--nproc-per-node N -m fastbert pretrain ..., or leave it out"
-            )
-        if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        shared = request.device_tokens * self.world_size
+        shared = request.device_tokens * self.processes.count
         self.passes = max(round(request.batch_tokens / shared), 1)
 
     def plan(self) -> Plan:
@@ -132,10 +113,10 @@ class Pretraining:
         lengths = segments.lengths
         tokens = int(lengths.sum())
         cost = self._try_out()
-        speed = cost.tokens_per_second * self.world_size
+        speed = cost.tokens_per_second * self.processes.count
         # Of the batches of an epoch, since none of them is quite full.
         per_pass = tokens / len(TokenBudgetSampler(lengths, self.request.device_tokens))
-        per_step = per_pass * self.passes * self.world_size
+        per_step = per_pass * self.passes * self.processes.count
         steps = self._steps(per_step, speed)
         return Plan(
             documents=len(self.train_documents),
@@ -153,7 +134,7 @@ class Pretraining:
             warmup_steps=math.ceil(_WARMUP * steps),
             epochs=steps * per_step / tokens,
             cost=cost,
-            processes=self.world_size,
+            processes=self.processes.count,
         )
 
     def _steps(self, per_step: float, speed: float) -> int:
@@ -190,7 +171,7 @@ class Pretraining:
     def _try_out(self) -> Cost:
         batches = self.batches(_PROBE_BATCHES, rank=0, world_size=1)
         made = (self.collator([self.data[key] for key in drawn]) for drawn in batches)
-        return try_out(self.model, made, self.device, bf16=self.bf16)
+        return try_out(self.model, made, self.device, bf16=self.processes.bf16)
 
     def facts(self, steps: int) -> dict[str, Any]:
         """What the run follows from, for `RunFolder.begin`."""
@@ -203,7 +184,7 @@ class Pretraining:
             "steps": steps,
             "texts": self.corpus.digest,  # and of the tokenizer
             "model": self._model_digest(),
-            "world_size": self.world_size,
+            "world_size": self.processes.count,
             "_texts": list(self.request.texts),
             "_model": self.request.model,
             "_tokenizer": self.request.tokenizer,
@@ -237,64 +218,41 @@ class Pretraining:
             NotFinite: the loss is not finite any more.
             SystemExit: a signal came, and a checkpoint was written: 128 and its number.
         """
-        with (
-            RunFolder(self.request.output, "pretrain", is_main=self.is_main) as run,
-            _stopping() as stop,
-            quiet(),
-        ):
-            begun = run.begin(self.facts(plan.steps), allow)
-            trainer = self._trainer(plan, run, stop, [*callbacks])
-            trainer.accelerator.wait_for_everyone()  # behind what the first one does to the folder
-            found = run.latest()
-            if begun.get("steps") == plan.steps and (run.path / "final").exists():
-                return self._verdict(run, plan, None)
-            if self.is_main and find_spec("tensorboard"):
-                trainer.add_callback(_tensorboard(run, found[0] if found else 0))
-            if found is not None:
-                trainer.go_on(*found)
-            else:
-                run.forget_after(-1)  # of a start that came to no checkpoint
-                if self.held_documents.size:
-                    trainer.evaluate()
-            trainer.train(resume_from_checkpoint=str(found[1]) if found else None)
-            if trainer.stopped:
-                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-            verdict = self._verdict(run, plan, trainer.seconds.overhead)
-            trainer.save_to("final", lambda folder: self._describe(folder, plan, verdict))
-            return verdict
+        run = RunFolder(self.request.output, "pretrain", is_main=self.processes.is_main)
+        return train_in(
+            run,
+            self.processes,
+            self.facts(plan.steps),
+            allow=allow,
+            make_trainer=partial(self._trainer, plan, [*callbacks]),
+            verdict=partial(self._verdict, plan),
+            describe=partial(self._describe, plan),
+        )
 
     def _trainer(
-        self, plan: Plan, run: RunFolder, stop: _Stop, callbacks: list[TrainerCallback]
+        self,
+        plan: Plan,
+        callbacks: list[TrainerCallback],
+        run: RunFolder,
+        stop: Callable[[], bool],
     ) -> PretrainingTrainer:
         request = self.request
-        every = request.evaluate_every or request.save_every
         evaluates = bool(self.held_documents.size)
-        rate = request.learning_rate or (5e-5 if request.model else 5e-4)
-        args = TrainingArguments(
-            str(run.checkpoints / ".new"),
+        args = arguments_for(
+            run,
+            self.processes,
+            evaluate_every=(request.evaluate_every or request.save_every) if evaluates else None,
             max_steps=plan.steps,
             gradient_accumulation_steps=self.passes,
-            learning_rate=rate,
+            learning_rate=request.learning_rate or (5e-5 if request.model else 5e-4),
             weight_decay=0.01,
-            lr_scheduler_type="linear",
             warmup_steps=plan.warmup_steps,
-            bf16=self.bf16,
-            fsdp=request.fsdp or None,
-            fsdp_config={"auto_wrap_policy": "NO_WRAP"} if request.fsdp else None,
-            use_cpu=self.device.type == "cpu",
             seed=request.seed,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
             save_steps=request.save_every,
-            eval_strategy="steps" if evaluates else "no",
-            eval_steps=every,
             dataloader_num_workers=request.workers,
-            report_to=[],
-            disable_tqdm=True,
-            ddp_find_unused_parameters=False,
         )
         share = {"rank": args.process_index, "world_size": args.world_size}
-        trainer = PretrainingTrainer(
+        return PretrainingTrainer(
             self.model,
             args,
             dataset=self.data,
@@ -303,12 +261,10 @@ class Pretraining:
             held_out=self._held_out(share) if evaluates else None,
             run=run,
             patience=request.patience,
-            stop=lambda: stop.signal is not None,
+            stop=stop,
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
 
     def _held_out(self, share: dict[str, int]) -> DrawnBatches:
         drawer = partial(self._draw, documents=self.held_documents)
@@ -318,7 +274,7 @@ class Pretraining:
         count = max(count // share["world_size"], 1)
         return DrawnBatches(drawer, tokens, count, seed=self.request.seed, **share)
 
-    def _verdict(self, run: RunFolder, plan: Plan, overhead: float | None) -> Verdict:
+    def _verdict(self, plan: Plan, run: RunFolder, overhead: float | None) -> Verdict:
         found = [line for line in run.metrics() if "eval_loss" in line]
         before, after = (found[0], found[-1]) if found else (None, None)
         return Verdict(before, after, self._most_frequent(), plan.steps, overhead)
@@ -334,7 +290,7 @@ class Pretraining:
         )
         return float(held[(self.corpus.counts(size) - held).argmax()] / held.sum())
 
-    def _describe(self, folder: Path, plan: Plan, verdict: Verdict) -> None:
+    def _describe(self, plan: Plan, folder: Path, verdict: Verdict) -> None:
         name = self.request.model or f"a {self.request.size} model from scratch"
         rows = "\n".join(f"| {what} | {text} |" for what, text in plan.lines() if what != "time")
         (folder / "README.md").write_text(
@@ -347,44 +303,3 @@ class Pretraining:
             f"(digest {self.corpus.digest}).\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n",
             "utf-8",
         )
-
-
-def _shards_on(device: torch.device) -> bool:
-    """Whether accelerate does; elsewhere it would make copies and not say so."""
-    return device.type != "cpu"
-
-
-def _tensorboard(run: RunFolder, step: int) -> TensorBoardCallback:
-    """Writes what is logged into the folder of the run, in place of what is there behind a step."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1))
-
-
-class _Stop:
-    """Which signal came, if one did."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _stopping() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM are noted, the second one acts as ever."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {}
-
-    def note(number, frame):
-        stop.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
