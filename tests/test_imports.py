@@ -22,6 +22,7 @@ RANKS = {
     "fastbert/acceleration.py": 5,
     "fastbert/tasks": 6,
     "fastbert/training": 7,
+    "fastbert/finetuning": 7,
     "fastbert/demo": 7,
     "benchmarks": 7,
     "fastbert/workbench": 8,

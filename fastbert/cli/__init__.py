@@ -16,7 +16,7 @@ import typer
 
 from .. import __version__
 from ..tasks.errors import TaskError
-from . import bench, check, embed, fill_mask, kernels, pretrain
+from . import bench, check, embed, fill_mask, finetune, kernels, pretrain
 
 __all__ = ["app", "main"]
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.command("embed")(embed.command)
 app.command("fill-mask")(fill_mask.command)
 app.command("pretrain")(pretrain.command)
+app.command("finetune")(finetune.command)
 app.command("check")(check.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(kernels.app, name="kernels")

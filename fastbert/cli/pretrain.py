@@ -146,7 +146,10 @@ def command(
             typer.echo(f"left out: {reason}", err=True)
     if dry_run:
         return
-    verdict = pretraining.train(plan, allow=allow_change or (), callbacks=[Shown(console, plan)])
+    shown = Shown(
+        console, "pre-training", ("mlm_accuracy", "held out: masked right"), plan.matrix_share
+    )
+    verdict = pretraining.train(plan, allow=allow_change or (), callbacks=[shown])
     if not pretraining.processes.is_main:
         return
     if verdict.overhead is not None:

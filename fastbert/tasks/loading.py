@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -290,6 +291,13 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def weights_digest(model: nn.Module, without: Collection[str] = ()) -> str:
+    """BLAKE2b of a model's weights, some of them left out."""
+    found = hashlib.blake2b(digest_size=16)
+    add_to_digest(found, {k: v for k, v in model.state_dict().items() if k not in without})
+    return found.hexdigest()
 
 
 def add_to_digest(found, tensors: Mapping[str, Tensor]) -> None:

@@ -59,7 +59,16 @@ class DrawnBatches(BatchStream):
 
 class PretrainingTrainer(RunTrainer):
     """Trains a `fastbert.BertForPreTraining` or `fastbert.BertForMaskedLM` on drawn segments, by
-    what `fastbert.training.SegmentDataset` and a `PackedCollator` with a masking make of them."""
+    what `fastbert.training.SegmentDataset` and a `PackedCollator` with a masking make of them.
+
+    Args:
+        held_out: batches of an evaluation, or None.
+        options: as `RunTrainer`.
+    """
+
+    def __init__(self, *args: Any, held_out: BatchStream | None, **options: Any):
+        super().__init__(*args, evaluates=held_out is not None, **options)
+        self.held_out = held_out
 
     def count(self, inputs: dict[str, Any], outputs: Any) -> list[Tensor]:
         counts = [(inputs["labels"] != IGNORED).sum(), outputs["num_correct"]]

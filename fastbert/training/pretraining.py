@@ -7,7 +7,6 @@ on with what an earlier call has left.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -27,7 +26,7 @@ import fastbert
 
 from ..benchmarks.results import machine_facts
 from ..tasks.errors import InputError
-from ..tasks.loading import add_to_digest
+from ..tasks.loading import weights_digest
 from .beginning import model_for, tokenizer_for
 from .collating import PackedCollator
 from .corpus import Corpus, files_of
@@ -183,22 +182,13 @@ class Pretraining:
             **asked,
             "steps": steps,
             "texts": self.corpus.digest,  # and of the tokenizer
-            "model": self._model_digest(),
+            "model": self.request.model and weights_digest(self.model, without=self.new),
             "world_size": self.processes.count,
             "_texts": list(self.request.texts),
             "_model": self.request.model,
             "_tokenizer": self.request.tokenizer,
             "_machine": machine_facts(self.device.type),
         }
-
-    def _model_digest(self) -> str | None:
-        """Of what the checkpoint has; what is new follows from the seed."""
-        if self.request.model is None:
-            return None
-        tensors = self.model.state_dict()
-        found = hashlib.blake2b(digest_size=16)
-        add_to_digest(found, {k: v for k, v in tensors.items() if k not in self.new})
-        return found.hexdigest()
 
     def train(
         self,

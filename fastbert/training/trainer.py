@@ -45,10 +45,10 @@ class RunTrainer(Trainer, ABC):
     Args:
         model: one of fastbert's classes.
         args: of transformers; `run` says where things go.
-        dataset: gives examples, by what ``batches`` and ``held_out`` know them by.
+        dataset: gives examples, by what ``batches`` know them by.
         data_collator: a `fastbert.training.PackedCollator`.
         batches: of the run.
-        held_out: of an evaluation, or None.
+        evaluates: whether `measure` has anything to measure by.
         run: where checkpoints, metrics and the best model go.
         patience: evaluations without a better one after which the run ends.
         stop: whether this process has been asked to end; all of them do, behind a checkpoint.
@@ -72,16 +72,16 @@ class RunTrainer(Trainer, ABC):
         dataset: Dataset,
         data_collator: Callable,
         batches: BatchStream,
-        held_out: BatchStream | None,
+        evaluates: bool,
         run: RunFolder,
         patience: int | None = None,
         stop: Callable[[], bool] = lambda: False,
         **options: Any,
     ):
         check_packs(model)
-        held_out_data = None if held_out is None else dataset  # Trainer wants one to evaluate
-        super().__init__(model, args, data_collator, dataset, held_out_data, **options)
-        self.batches, self.held_out, self.run, self.patience = batches, held_out, run, patience
+        held_out = dataset if evaluates else None  # Trainer wants one
+        super().__init__(model, args, data_collator, dataset, held_out, **options)
+        self.batches, self.evaluates, self.run, self.patience = batches, evaluates, run, patience
         self.seconds, self._stop = Seconds(), stop
         self._noted: list[Tensor] = []
         self.stopped = False
@@ -99,7 +99,7 @@ class RunTrainer(Trainer, ABC):
 
     @abstractmethod
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """An evaluation: metrics of all processes, `best` among them."""
+        """An evaluation: metrics of all processes, ``loss`` and `best` among them."""
 
     def begin(self) -> None:
         """Count time from now on."""
@@ -167,7 +167,7 @@ class RunTrainer(Trainer, ABC):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """What `measure` finds now."""
-        if self.held_out is None:
+        if not self.evaluates:
             return {}
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
@@ -182,18 +182,22 @@ class RunTrainer(Trainer, ABC):
         )
         return metrics
 
-    def keep_best(self, value: float) -> None:
-        """Save the model if no evaluation was better; end the run after too many that are not."""
+    def keep_best(self) -> None:
+        """Save the model if no evaluation was better than the last one; end the run after too many
+        that are not."""
+        self.accelerator.wait_for_everyone()  # for the line of the last one
         sign = 1 if self.greater_is_better else -1
-        if self.state.best_metric is None or sign * value > sign * self.state.best_metric:
-            self.state.best_metric = value
+        name = f"eval_{self.best}"
+        values = [
+            (sign * line[name], -line["eval_loss"])  # of two equal ones the surer
+            for line in self.run.metrics()
+            if name in line
+        ]
+        since = len(values) - 1 - values.index(max(values))
+        if since == 0:
             self.save_to("best")
-        if self.patience is not None:
-            self.accelerator.wait_for_everyone()  # for the line of this evaluation
-            name = f"eval_{self.best}"
-            values = [sign * line[name] for line in self.run.metrics() if name in line]
-            if len(values) - 1 - values.index(max(values)) >= self.patience:
-                self.control.should_training_stop = True
+        if self.patience is not None and since >= self.patience:
+            self.control.should_training_stop = True
 
     def save_to(self, name: str, add: Callable[[Path], object] | None = None) -> None:
         """Save the model in the folder of the run; ``add`` puts more beside it."""
@@ -297,9 +301,9 @@ class _EachStep(TrainerCallback):
         line = {"step": state.global_step}
         if "loss" in logs:
             line |= {name: value for name, value in logs.items() if name not in _TRAINERS}
-        elif "eval_loss" in logs:
-            line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
         else:
+            line |= {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if len(line) == 1:  # what Trainer says of the whole
             return
         if state.is_world_process_zero:
             self._trainer.run.log([line])
@@ -310,4 +314,4 @@ class _EachStep(TrainerCallback):
             )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._trainer.keep_best(metrics[f"eval_{self._trainer.best}"])
+        self._trainer.keep_best()

@@ -1,0 +1,426 @@
+"""What can be learned from a table: for each task its columns, its head, and how well it does.
+
+A task turns rows into examples and gold answers, what a model says of an example into a prediction,
+and predictions with gold answers into metrics. It knows no files and no devices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..tasks.errors import InputError
+from .table import Table
+
+__all__ = [
+    "Classification",
+    "MultiLabel",
+    "Regression",
+    "Task",
+    "log_softmax",
+    "task_from_config",
+    "texts_of",
+]
+
+Example = dict[str, Any]
+
+
+class Task(ABC):
+    """What is the same for every task.
+
+    Args:
+        labels: names of the classes, in the order of the logits; of a regression none.
+
+    Attributes:
+        name: what ``--task`` calls it.
+        head: the class of its model.
+        labels_of: ``"sequence"`` or ``"token"``, what has a label.
+        best: the metric that a model is chosen by; more is better.
+    """
+
+    name: str
+    head = "BertForSequenceClassification"
+    labels_of = "sequence"
+    best: str
+
+    def __init__(self, labels: Sequence[str]):
+        self.labels = list(labels)
+        self._index = {label: i for i, label in enumerate(self.labels)}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the model's configuration has to say of it."""
+        return {"id2label": dict(enumerate(self.labels)), "label2id": dict(self._index)}
+
+    @classmethod
+    @abstractmethod
+    def of(cls, *tables: Table) -> Task:
+        """The task with the labels of the tables, the first of which is trained on.
+
+        Raises:
+            InputError: columns or values that do not make one.
+        """
+
+    @abstractmethod
+    def gold(self, table: Table) -> list[Any]:
+        """The right answer for each row.
+
+        Raises:
+            InputError: a label that the task has not.
+        """
+
+    def encode(
+        self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[list[Example], int]:
+        """Rows as tokens, without labels, and how many of them were cut to ``max_length``."""
+        first, second = texts_of(table)
+        whole = tokenizer(first, second, verbose=False)["input_ids"]
+        cut = sum(len(ids) > max_length for ids in whole)
+        made = tokenizer(first, second, truncation=True, max_length=max_length)
+        keys = [key for key in ("input_ids", "token_type_ids") if key in made]
+        return [dict(zip(keys, values, strict=True))
+                for values in zip(*(made[key] for key in keys), strict=True)], cut  # fmt: skip
+
+    def with_labels(self, examples: list[Example], gold: list[Any]) -> list[Example]:
+        """Examples to train on."""
+        return [{**x, "labels": self.target(y)} for x, y in zip(examples, gold, strict=True)]
+
+    def target(self, gold: Any) -> Any:
+        """A right answer as the model's loss takes it."""
+        return gold
+
+    @abstractmethod
+    def predict(self, logits: np.ndarray, example: Example) -> Any:
+        """What an example's logits say, of the kind of `gold`."""
+
+    @abstractmethod
+    def losses(self, logits: np.ndarray, example: Example, gold: Any) -> np.ndarray:
+        """Of everything in an example that has a label."""
+
+    @abstractmethod
+    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
+        """A prediction for people and programs, as JSON."""
+
+    @abstractmethod
+    def told(self, gold: Any) -> Any:
+        """A right answer as JSON."""
+
+    @abstractmethod
+    def score(self, predictions: list[Any], gold: list[Any]) -> dict[str, float]:
+        """Metrics, `best` among them."""
+
+    @abstractmethod
+    def baseline(self, train: list[Any], gold: list[Any]) -> tuple[str, list[Any]]:
+        """What is said without looking: a name for it, and a prediction for each row."""
+
+    def by_class(self, predictions: list[Any], gold: list[Any]) -> list[dict[str, Any]]:
+        """Precision, recall, F1 and support of each class."""
+        return []
+
+
+def texts_of(table: Table) -> tuple[list[str], list[str] | None]:
+    """The first and, in a table of pairs, the second texts.
+
+    Raises:
+        InputError: columns that are no texts, or values that are none.
+    """
+    pair = {"text_a", "text_b"} <= set(table.columns)
+    if not pair and "text" not in table.columns:
+        raise InputError(
+            f"expected a column 'text', or 'text_a' and 'text_b', in {table.name!r}, got "
+            f"{', '.join(table.columns)}"
+        )
+    found = []
+    for name in ("text_a", "text_b") if pair else ("text",):
+        values = table.column(name)
+        for row, value in enumerate(values, 1):
+            if not isinstance(value, str) or not value.strip():
+                got = "an empty one" if isinstance(value, str) else repr(value)
+                raise InputError(
+                    f"expected a text in {name!r}, row {row} of {table.name!r}, got {got}"
+                )
+        found.append(values)
+    return found[0], found[1] if pair else None
+
+
+def _one_by_one(values: list[Any], table: Table, column: str) -> list[str]:
+    """Labels as names; numbers that are whole, texts and truth values may be some.
+
+    Raises:
+        InputError: something else, or several kinds of them.
+    """
+    kinds = Counter(type(value).__name__ for value in values)
+    if len(kinds) > 1 or not set(kinds) <= {"str", "int", "bool"}:
+        first = next(
+            row for row, value in enumerate(values, 1)
+            if type(value).__name__ != kinds.most_common(1)[0][0] or len(kinds) == 1
+        )  # fmt: skip
+        raise InputError(
+            f"expected labels of one kind, texts or whole numbers, in {column!r} of "
+            f"{table.name!r}, got {values[first - 1]!r} in row {first}"
+        )
+    for row, value in enumerate(values, 1):
+        if value == "":
+            raise InputError(
+                f"expected a label in {column!r}, row {row} of {table.name!r}, got an empty one"
+            )
+    return [str(value) for value in values]
+
+
+def _sorted(labels: set[str]) -> list[str]:
+    """Numbers by what they are, names by the alphabet."""
+    whole = all(label.lstrip("-").isdecimal() for label in labels)
+    return sorted(labels, key=int) if whole else sorted(labels)
+
+
+def _column(table: Table, name: str) -> list[Any]:
+    if name not in table.columns:
+        raise InputError(
+            f"expected a column {name!r} in {table.name!r}, got {', '.join(table.columns)}"
+        )
+    return table.column(name)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension, in fp64."""
+    logits = logits - logits.max(-1, keepdims=True).astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+class Classification(Task):
+    """One of several classes for a text, or for a pair of texts."""
+
+    name, best = "classification", "accuracy"
+
+    @classmethod
+    def of(cls, *tables: Table) -> Classification:
+        names = [set(_one_by_one(_column(t, "label"), t, "label")) for t in tables]
+        if len(names[0]) < 2:
+            raise InputError(
+                f"expected two classes or more in 'label' of {tables[0].name!r}, got "
+                f"{names[0].pop()!r} in every row: there is nothing to tell apart"
+            )
+        return cls(_sorted(set.union(*names)))
+
+    def gold(self, table: Table) -> list[int]:
+        return self._indices(_one_by_one(_column(table, "label"), table, "label"), table)
+
+    def _indices(self, names: list[str], table: Table) -> list[int]:
+        for row, name in enumerate(names, 1):
+            if name not in self._index:
+                raise InputError(
+                    f"expected a label of {', '.join(self.labels)}, got {name!r} in row {row} of "
+                    f"{table.name!r}, which the model does not know"
+                )
+        return [self._index[name] for name in names]
+
+    def predict(self, logits: np.ndarray, example: Example) -> int:
+        return int(logits.argmax())
+
+    def losses(self, logits: np.ndarray, example: Example, gold: int) -> np.ndarray:
+        return -log_softmax(logits)[[gold]]
+
+    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
+        shares = np.exp(log_softmax(logits)).tolist()
+        return {
+            "prediction": self.labels[self.predict(logits, example)],
+            "probabilities": dict(zip(self.labels, shares, strict=True)),
+        }
+
+    def told(self, gold: int) -> str:
+        return self.labels[gold]
+
+    def score(self, predictions: list[int], gold: list[int]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        return {
+            "accuracy": float(accuracy_score(gold, predictions)),
+            "macro_f1": float(f1_score(gold, predictions, average="macro", zero_division=0.0)),
+        }
+
+    def baseline(self, train: list[int], gold: list[int]) -> tuple[str, list[int]]:
+        most = Counter(train).most_common(1)[0][0]
+        return f"always {self.labels[most]!r}", [most] * len(gold)
+
+    def by_class(self, predictions: list[int], gold: list[int]) -> list[dict[str, Any]]:
+        return _table_of(gold, predictions, labels=range(len(self.labels)), names=self.labels)
+
+
+class MultiLabel(Task):
+    """Any number of several classes, each for itself."""
+
+    name, best = "multi-label", "micro_f1"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "problem_type": "multi_label_classification"}
+
+    @classmethod
+    def of(cls, *tables: Table) -> MultiLabel:
+        names = [{name for row in cls._lists(table) for name in row} for table in tables]
+        if not names[0]:
+            raise InputError(
+                f"expected labels in 'labels' of {tables[0].name!r}, got an empty list in every row"
+            )
+        return cls(_sorted(set.union(*names)))
+
+    @staticmethod
+    def _lists(table: Table) -> list[list[str]]:
+        found = []
+        for row, values in enumerate(_column(table, "labels"), 1):
+            if not isinstance(values, list):
+                raise InputError(
+                    f"expected a list in 'labels', row {row} of {table.name!r}, got {values!r}"
+                )
+            found.append(_one_by_one(values, table, "labels") if values else [])
+        return found
+
+    def gold(self, table: Table) -> list[np.ndarray]:
+        found = []
+        for row, names in enumerate(self._lists(table), 1):
+            strange = [name for name in names if name not in self._index]
+            if strange:
+                raise InputError(
+                    f"expected labels of {', '.join(self.labels)}, got {strange[0]!r} in row {row} "
+                    f"of {table.name!r}, which the model does not know"
+                )
+            found.append(np.isin(np.arange(len(self.labels)), [self._index[n] for n in names]))
+        return found
+
+    def target(self, gold: np.ndarray) -> np.ndarray:
+        return gold.astype(np.float32)
+
+    def predict(self, logits: np.ndarray, example: Example) -> np.ndarray:
+        return logits > 0
+
+    def losses(self, logits: np.ndarray, example: Example, gold: np.ndarray) -> np.ndarray:
+        return np.logaddexp(0, np.where(gold, -logits, logits).astype(np.float64))
+
+    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
+        shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        return {
+            "prediction": self.told(self.predict(logits, example)),
+            "probabilities": dict(zip(self.labels, shares.tolist(), strict=True)),
+        }
+
+    def told(self, gold: np.ndarray) -> list[str]:
+        return [label for label, has in zip(self.labels, gold, strict=True) if has]
+
+    def score(self, predictions: list[np.ndarray], gold: list[np.ndarray]) -> dict[str, float]:
+        from sklearn.metrics import f1_score
+
+        right, said = np.stack(gold), np.stack(predictions)
+        return {
+            f"{average}_f1": float(f1_score(right, said, average=average, zero_division=0.0))
+            for average in ("micro", "macro")
+        } | {"exact": float((right == said).all(1).mean())}
+
+    def baseline(
+        self, train: list[np.ndarray], gold: list[np.ndarray]
+    ) -> tuple[str, list[np.ndarray]]:
+        often = np.stack(train).mean(0)
+        said = often > 0.5
+        said[often.argmax()] = True
+        return f"always {', '.join(self.told(said))}", [said] * len(gold)
+
+    def by_class(self, predictions: list[np.ndarray], gold: list[np.ndarray]) -> list[dict]:
+        return _table_of(np.stack(gold), np.stack(predictions), labels=None, names=self.labels)
+
+
+class Regression(Task):
+    """A number for a text, or for a pair of texts."""
+
+    name, best = "regression", "pearson"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    @classmethod
+    def of(cls, *tables: Table) -> Regression:
+        task = cls([])
+        if len(set(task.gold(tables[0]))) < 2:
+            raise InputError(
+                f"expected different numbers in 'label' of {tables[0].name!r}, got the same in "
+                "every row: there is nothing to learn"
+            )
+        return task
+
+    def gold(self, table: Table) -> list[float]:
+        name = "score" if "score" in table.columns else "label"
+        values = _column(table, name)
+        for row, value in enumerate(values, 1):
+            if type(value) not in (int, float) or not np.isfinite(value):
+                raise InputError(
+                    f"expected a number in {name!r}, row {row} of {table.name!r}, got {value!r}"
+                )
+        return [float(value) for value in values]
+
+    def predict(self, logits: np.ndarray, example: Example) -> float:
+        return float(logits[0])
+
+    def losses(self, logits: np.ndarray, example: Example, gold: float) -> np.ndarray:
+        return (logits.astype(np.float64) - gold) ** 2
+
+    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
+        return {"prediction": self.predict(logits, example)}
+
+    def told(self, gold: float) -> float:
+        return gold
+
+    def score(self, predictions: list[float], gold: list[float]) -> dict[str, float]:
+        from scipy.stats import pearsonr, spearmanr
+
+        error = float(np.sqrt(np.mean((np.array(predictions) - np.array(gold)) ** 2)))
+        if len(gold) < 2 or len(set(predictions)) < 2 or len(set(gold)) < 2:
+            return {"pearson": 0.0, "spearman": 0.0, "rmse": error}  # undefined: nothing explained
+        return {
+            "pearson": float(pearsonr(predictions, gold).statistic),
+            "spearman": float(spearmanr(predictions, gold).statistic),
+            "rmse": error,
+        }
+
+    def baseline(self, train: list[float], gold: list[float]) -> tuple[str, list[float]]:
+        mean = float(np.mean(train))
+        return f"always {mean:.3g}, the mean", [mean] * len(gold)
+
+
+def _table_of(gold, predictions, *, labels, names: list[str]) -> list[dict[str, Any]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        gold, predictions, labels=labels and [*labels], zero_division=0.0
+    )
+    return [
+        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+        for name, p, r, f, n in zip(names, *columns, strict=True)
+    ]
+
+
+def task_from_config(config: PreTrainedConfig) -> Task:
+    """The task of a checkpoint with a head of its own, by what its configuration says.
+
+    Raises:
+        InputError: a head of another kind, or none.
+    """
+    from .tagging import Tagging
+
+    head = (config.architectures or ["none"])[0]
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    if head == Tagging.head:
+        return Tagging(labels)
+    if head != Task.head:
+        raise InputError(
+            f"expected a checkpoint with a {Task.head} or a {Tagging.head}, got a {head}; "
+            "fastbert finetune trains one"
+        )
+    if config.problem_type == "multi_label_classification":
+        return MultiLabel(labels)
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return Regression([])
+    return Classification(labels)
