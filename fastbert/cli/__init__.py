@@ -16,7 +16,7 @@ import typer
 
 from .. import __version__
 from ..tasks.errors import TaskError
-from . import bench, check, embed, fill_mask, finetune, kernels, pretrain
+from . import bench, check, embed, fill_mask, finetune, kernels, predict, pretrain
 
 __all__ = ["app", "main"]
 
@@ -34,6 +34,9 @@ app.command("embed")(embed.command)
 app.command("fill-mask")(fill_mask.command)
 app.command("pretrain")(pretrain.command)
 app.command("finetune")(finetune.command)
+app.command("predict")(predict.predict)
+app.command("evaluate")(predict.evaluate)
+app.command("classify")(predict.classify)
 app.command("check")(check.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(kernels.app, name="kernels")

@@ -11,7 +11,7 @@ import numpy as np
 from .table import Splits, Table
 from .tasks import Task
 
-__all__ = ["DataReport", "Verdict", "report_on"]
+__all__ = ["DataReport", "Verdict", "by_class_lines", "report_on"]
 
 
 class DataReport(NamedTuple):
@@ -158,14 +158,7 @@ class Verdict(NamedTuple):
     def lines(self) -> Iterator[str]:
         """Other metrics, a table by class, and whether it learned the rows by heart."""
         yield ", ".join(f"{name} {value:.3f}" for name, value in self.scores.items())
-        if self.by_class:
-            width = max(len(str(row["class"])) for row in self.by_class)
-            yield f"{'':{width}}  precision  recall      f1    rows"
-            for row in self.by_class:
-                yield (
-                    f"{row['class']:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  "
-                    f"{row['f1']:6.3f}  {row['rows']:6,}"
-                )
+        yield from by_class_lines(self.by_class)
         if self.overfits:
             best, last = self.overfits
             yield (
@@ -173,3 +166,16 @@ class Verdict(NamedTuple):
                 f"{self.best_step:,}, while the loss of training fell; the model of that step is "
                 "kept"
             )
+
+
+def by_class_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of precision, recall, F1 and rows; nothing where there are no classes."""
+    if not rows:
+        return
+    width = max(len(str(row["class"])) for row in rows)
+    yield f"{'':{width}}  precision  recall      f1    rows"
+    for row in rows:
+        yield (
+            f"{row['class']:{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  "
+            f"{row['f1']:6.3f}  {row['rows']:6,}"
+        )

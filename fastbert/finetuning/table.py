@@ -7,7 +7,7 @@ a CSV file ("NA", "null", nothing) stays the text that it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +34,11 @@ class Table:
     Args:
         data: the rows.
         name: what messages call it.
+        first: the number of its first row.
     """
 
-    def __init__(self, data: datasets.Dataset, name: str):
-        self.data, self.name = data, name
+    def __init__(self, data: datasets.Dataset, name: str, first: int = 1):
+        self.data, self.name, self.first = data, name, first
 
     def __len__(self) -> int:
         return len(self.data)
@@ -58,6 +59,12 @@ class Table:
     def take(self, indices: np.ndarray) -> Table:
         """Some rows, in this order."""
         return Table(self.data.select(indices), self.name)
+
+    def parts(self, size: int) -> Iterator[Table]:
+        """The rows, so many at a time."""
+        for start in range(0, len(self), size):
+            rows = range(start, min(start + size, len(self)))
+            yield Table(self.data.select(rows), self.name, self.first + start)
 
     def digest(self) -> str:
         """BLAKE2b of names and values."""

@@ -54,22 +54,22 @@ class Tagging(Task):
         kinds = sorted({tag[2:] for tag in names - {_OUTSIDE}})
         return cls([_OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")])
 
+    def problems(self, table: Table) -> dict[int, str]:
+        return {
+            place: f"expected a list of words in 'tokens', got {words!r}"
+            for place, words in enumerate(self._words(table))
+            if not isinstance(words, list) or not words or not all(
+                isinstance(word, str) and word.strip() for word in words
+            )
+        }  # fmt: skip
+
     @staticmethod
     def _words(table: Table) -> list[list[str]]:
         if "tokens" not in table.columns:
             raise InputError(
                 f"expected a column 'tokens' in {table.name!r}, got {', '.join(table.columns)}"
             )
-        rows = table.column("tokens")
-        for row, words in enumerate(rows, 1):
-            if not isinstance(words, list) or not words or not all(
-                isinstance(word, str) and word.strip() for word in words
-            ):  # fmt: skip
-                raise InputError(
-                    f"expected a list of words in 'tokens', row {row} of {table.name!r}, got "
-                    f"{words!r}"
-                )
-        return rows
+        return table.column("tokens")
 
     @classmethod
     def _tags(cls, table: Table) -> list[list[str]]:
@@ -78,6 +78,7 @@ class Tagging(Task):
                 f"expected a column 'tags' in {table.name!r}, got {', '.join(table.columns)}"
             )
         rows = table.column("tags")
+        cls([]).check(table)
         for row, (words, tags) in enumerate(zip(cls._words(table), rows, strict=True), 1):
             if not isinstance(tags, list) or len(tags) != len(words):
                 raise InputError(
@@ -107,6 +108,7 @@ class Tagging(Task):
     def encode(
         self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> tuple[list[Example], int]:
+        self.check(table)
         words = self._words(table)
         made = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
         keys = [key for key in ("input_ids", "token_type_ids") if key in made]

@@ -24,7 +24,6 @@ __all__ = [
     "Task",
     "log_softmax",
     "task_from_config",
-    "texts_of",
 ]
 
 Example = dict[str, Any]
@@ -74,14 +73,37 @@ class Task(ABC):
             InputError: a label that the task has not.
         """
 
+    def problems(self, table: Table) -> dict[int, str]:
+        """Rows that cannot be read, by their place: what was expected and what came.
+
+        Raises:
+            InputError: a column that is missing.
+        """
+        found = {}
+        for name in _text_columns(table):
+            for place, value in enumerate(table.column(name)):
+                if not isinstance(value, str) or not value.strip():
+                    got = "an empty one" if isinstance(value, str) else repr(value)
+                    found.setdefault(place, f"expected a text in {name!r}, got {got}")
+        return found
+
+    def check(self, table: Table) -> None:
+        """Raise for the first of `problems`."""
+        for place, problem in self.problems(table).items():
+            raise InputError(f"row {table.first + place} of {table.name!r}: {problem}")
+
     def encode(
         self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> tuple[list[Example], int]:
-        """Rows as tokens, without labels, and how many of them were cut to ``max_length``."""
-        first, second = texts_of(table)
-        whole = tokenizer(first, second, verbose=False)["input_ids"]
-        cut = sum(len(ids) > max_length for ids in whole)
-        made = tokenizer(first, second, truncation=True, max_length=max_length)
+        """Rows as tokens, without labels, and how many of them were cut to ``max_length``.
+
+        Raises:
+            InputError: a row that `problems` has something against.
+        """
+        self.check(table)
+        texts = [table.column(name) for name in _text_columns(table)]
+        cut = sum(len(ids) > max_length for ids in tokenizer(*texts, verbose=False)["input_ids"])
+        made = tokenizer(*texts, truncation=True, max_length=max_length)
         keys = [key for key in ("input_ids", "token_type_ids") if key in made]
         return [dict(zip(keys, values, strict=True))
                 for values in zip(*(made[key] for key in keys), strict=True)], cut  # fmt: skip
@@ -123,29 +145,20 @@ class Task(ABC):
         return []
 
 
-def texts_of(table: Table) -> tuple[list[str], list[str] | None]:
-    """The first and, in a table of pairs, the second texts.
+def _text_columns(table: Table) -> tuple[str, ...]:
+    """The columns of the first and, in a table of pairs, the second texts.
 
     Raises:
-        InputError: columns that are no texts, or values that are none.
+        InputError: there are none.
     """
-    pair = {"text_a", "text_b"} <= set(table.columns)
-    if not pair and "text" not in table.columns:
-        raise InputError(
-            f"expected a column 'text', or 'text_a' and 'text_b', in {table.name!r}, got "
-            f"{', '.join(table.columns)}"
-        )
-    found = []
-    for name in ("text_a", "text_b") if pair else ("text",):
-        values = table.column(name)
-        for row, value in enumerate(values, 1):
-            if not isinstance(value, str) or not value.strip():
-                got = "an empty one" if isinstance(value, str) else repr(value)
-                raise InputError(
-                    f"expected a text in {name!r}, row {row} of {table.name!r}, got {got}"
-                )
-        found.append(values)
-    return found[0], found[1] if pair else None
+    if {"text_a", "text_b"} <= set(table.columns):
+        return "text_a", "text_b"
+    if "text" in table.columns:
+        return ("text",)
+    raise InputError(
+        f"expected a column 'text', or 'text_a' and 'text_b', in {table.name!r}, got "
+        f"{', '.join(table.columns)}"
+    )
 
 
 def _one_by_one(values: list[Any], table: Table, column: str) -> list[str]:

@@ -1,0 +1,129 @@
+"""``fastbert predict``, ``evaluate`` and ``classify``: what a checkpoint with a head says."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Device, Dtype
+
+if TYPE_CHECKING:
+    from ..finetuning.predicting import Predictor
+
+__all__ = ["classify", "evaluate", "predict"]
+
+
+class OnError(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+File = Annotated[
+    str,
+    typer.Argument(
+        help="Rows: .csv, .tsv, .jsonl (all also .gz), .json, .parquet, .conll, or a folder of "
+        "datasets."
+    ),
+]
+Model = Annotated[
+    str, typer.Option(help="A checkpoint with a head: RUN/best, a folder, a name on the hub.")
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=3, help="Tokens of a row at most; default: what the model knows.")
+]
+CacheDir = Annotated[str | None, typer.Option(help="For tables; default: that of datasets.")]
+
+
+def _predictor(model: str, device: str, dtype: str, max_length: int | None) -> Predictor:
+    from ..finetuning.predicting import Predictor
+    from ..tasks.loading import resolve_device, resolve_dtype
+
+    where = resolve_device(device)
+    return Predictor(model, where, resolve_dtype(dtype, where), max_length)
+
+
+def predict(
+    file: File,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl, a line for each row.")],
+    model: Model,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
+    ] = OnError.stop,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Say for every row of FILE what MODEL makes of it: a class with probabilities, a number, tags.
+
+    Columns as for fastbert finetune; labels are not looked at.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..finetuning.predicting import predict_file
+    from ..finetuning.table import read_table
+
+    table, console = read_table(file, cache_dir), Console(stderr=True)
+    predictor, start = _predictor(model, device, dtype, max_length), time.perf_counter()
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("predicting", total=len(table))
+        done = predict_file(
+            table, predictor, output, skip=on_error is OnError.skip,
+            progress=lambda count: bar.update(shown, completed=count),
+        )  # fmt: skip
+    for row, why in [*done.skipped.items()][:10]:
+        typer.echo(f"left out: row {row}: {why}", err=True)
+    if done.cut:
+        typer.echo(f"{done.cut:,} rows were cut to {predictor.max_length} tokens", err=True)
+    speed = done.rows / (time.perf_counter() - start)
+    skipped = f", {len(done.skipped):,} bad rows left out" if done.skipped else ""
+    typer.echo(f"{output}: {done.rows:,} predictions, {speed:,.0f} rows a second{skipped}")
+
+
+def evaluate(
+    file: File,
+    model: Model,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it."""
+    from ..finetuning.report import by_class_lines
+    from ..finetuning.table import read_table
+
+    table = read_table(file, cache_dir)
+    predictor = _predictor(model, device, dtype, max_length)
+    gold, predictions, cut = predictor.task.gold(table), [], 0
+    for part in table.parts(1024):
+        said, _, shorter = predictor(part)
+        predictions, cut = predictions + said, cut + shorter
+    for line in by_class_lines(predictor.task.by_class(predictions, gold)):
+        typer.echo(line, err=True)
+    scores = {"rows": len(table), "cut": cut, **predictor.task.score(predictions, gold)}
+    typer.echo(json.dumps(scores))
+
+
+def classify(
+    text: Annotated[list[str], typer.Argument(help="Each is looked at for itself.")],
+    model: Model,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Show what MODEL makes of a text or two."""
+    import datasets
+
+    from ..finetuning.table import Table
+
+    predictor = _predictor(model, device, dtype, None)
+    column = "tokens" if predictor.task.labels_of == "token" else "text"
+    values = [one.split() for one in text] if column == "tokens" else text
+    _, described, _ = predictor(Table(datasets.Dataset.from_dict({column: values}), "TEXT"))
+    for said in described:
+        typer.echo(json.dumps(said, ensure_ascii=False))
