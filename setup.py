@@ -42,6 +42,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scipy>=1.13",
+    "seqeval>=1.2",
     "tensorboard>=2.17",
 ]
 

@@ -120,8 +120,16 @@ def prepare(request: Request) -> Finetuning:
         LoadError: a model that cannot be loaded, or with a head for other labels.
     """
     processes = Processes.here(request.device, command="finetune")
-    splits = _splits(request)
-    task = task_of(splits.train, request.task).of(*(t for t in splits if t is not None))
+    tables = [
+        None if path is None else read_table(path, request.cache_dir)
+        for path in (request.train, request.dev, request.test)
+    ]
+    given = [table for table in tables if table is not None]
+    task = task_of(given[0], request.task).of(*given)
+    for table in given:  # before rows are split off, and have other numbers
+        task.check(table)
+        task.gold(table)
+    splits = _splits(request, *tables)
     tokenizer = load_tokenizer(request.model)
     transformers.set_seed(request.seed)
     model, new = _model(request, task)
@@ -134,11 +142,7 @@ def prepare(request: Request) -> Finetuning:
     return Finetuning(request, processes, splits, task, tokenizer, model, new)
 
 
-def _splits(request: Request) -> Splits:
-    train, dev, test = (
-        None if path is None else read_table(path, request.cache_dir)
-        for path in (request.train, request.dev, request.test)
-    )
+def _splits(request: Request, train: Table, dev: Table | None, test: Table | None) -> Splits:
     if test is None and request.test_share:
         train, test = split_off(train, request.test_share, request.seed)
     if dev is None:
@@ -328,7 +332,7 @@ class Finetuning:
             by_class=self.task.by_class(predictions, gold),
             steps=lines[-1]["step"],
             best_step=best["step"],
-            overfits=_overfits(lines, metric, best),
+            overfits=_overfits(lines),
             overhead=overhead,
         )
 
@@ -349,18 +353,19 @@ class Finetuning:
         )
 
 
-def _overfits(
-    lines: list[dict[str, Any]], metric: str, best: dict[str, Any]
-) -> tuple[float, float] | None:
-    """The metric at the best step and at the last, if dev got worse while training got better."""
-    last = [line for line in lines if metric in line][-1]
+def _overfits(lines: list[dict[str, Any]]) -> tuple[int, float, float] | None:
+    """The step of the lowest loss on dev, that loss and the last one, if dev got worse behind it
+    while training got better."""
+    evaluated = [line for line in lines if "eval_loss" in line]
+    best = min(evaluated, key=lambda line: line["eval_loss"])
+    last = evaluated[-1]["eval_loss"]
     losses = [line for line in lines if "loss" in line]
-    before = [line["loss"] for line in losses if line["step"] <= best["step"]][-5:]
-    behind = [line["loss"] for line in losses if line["step"] > best["step"]][-5:]
-    if not before or not behind or last[metric] >= best[metric]:
+    behind = [line["loss"] for line in losses if line["step"] > best["step"]]
+    if len(behind) < 2 or last <= best["eval_loss"]:
         return None
-    fell = np.mean(behind) < np.mean(before)
-    return (best[metric], last[metric]) if fell else None
+    half = len(behind) // 2
+    fell = np.mean(behind[half:]) < np.mean(behind[:half])
+    return (best["step"], best["eval_loss"], last) if fell else None
 
 
 def _write_predictions(

@@ -130,8 +130,8 @@ class Verdict(NamedTuple):
             ``untrained``: before training, on dev.
         by_class: precision, recall, F1 and rows of each class.
         steps: that were trained; ``best_step``: behind which the best model was found.
-        overfits: metric of dev and loss of training at the best step and at the last, where dev got
-            worse while training got better.
+        overfits: step of the lowest loss on dev, that loss and the last one, where dev got worse
+            behind it while training got better.
         overhead: share of the time that the model did not take; None where nothing was trained.
     """
 
@@ -144,7 +144,7 @@ class Verdict(NamedTuple):
     by_class: list[dict[str, Any]]
     steps: int
     best_step: int
-    overfits: tuple[float, float] | None
+    overfits: tuple[int, float, float] | None
     overhead: float | None
 
     def __str__(self) -> str:
@@ -160,11 +160,10 @@ class Verdict(NamedTuple):
         yield ", ".join(f"{name} {value:.3f}" for name, value in self.scores.items())
         yield from by_class_lines(self.by_class)
         if self.overfits:
-            best, last = self.overfits
+            step, best, last = self.overfits
             yield (
-                f"over-fitted: {self.metric} on dev fell from {best:.3f} to {last:.3f} behind step "
-                f"{self.best_step:,}, while the loss of training fell; the model of that step is "
-                "kept"
+                f"over-fitted: behind step {step:,} the loss on dev rose from {best:.3f} to "
+                f"{last:.3f}, while that of training fell"
             )
 
 

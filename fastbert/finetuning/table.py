@@ -98,6 +98,8 @@ def read_table(path: Path | str, cache_dir: Path | str | None = None) -> Table:
         raise
     except Exception as error:  # whatever datasets and what it reads with may raise
         cause = error.__cause__ or error
+        if "no data" in str(cause):  # what datasets says of a header without rows
+            raise InputError(f"expected at least one row in {name!r}, got none") from error
         raise InputError(
             f"expected a table in {name!r}, got one that cannot be read: "
             f"{(str(cause).strip() or type(cause).__name__).splitlines()[0]}"

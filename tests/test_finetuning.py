@@ -1,0 +1,310 @@
+"""Fine-tuning runs: every task learns what there is, losses are transformers' own, no end of a
+process changes anything."""
+
+import csv
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from fastbert.finetuning.finetune import Request, prepare
+from fastbert.finetuning.trainer import RowBatches
+from fastbert.tasks.errors import InputError, LoadError
+from fastbert.training import PackedCollator
+
+pytestmark = [
+    pytest.mark.usefixtures("on_torch"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+FILLER = ("the", "capital", "of", "france", "is", "a", "city", "in", "italy", "and")
+
+
+def sentence(draw, *words, low=3, high=9):
+    """Words among others, at random places."""
+    made = [draw.choice(FILLER) for _ in range(draw.randint(low, high))]
+    for word in words:
+        made.insert(draw.randint(0, len(made)), word)
+    return made
+
+
+def rows_of(task, count, seed=0):
+    """What a tiny model can learn: a word decides."""
+    draw, rows = random.Random(seed), []
+    for i in range(count):
+        yes = i % 2 == 0
+        word = "paris" if yes else "rome"
+        text = " ".join(sentence(draw, word))
+        if task == "classification":
+            rows.append({"text": text, "label": "north" if yes else "south"})
+        elif task == "pairs":
+            other = " ".join(sentence(draw, "madrid" if i % 3 else "spain"))
+            rows.append({"text_a": other, "text_b": text, "label": int(yes)})
+        elif task == "multi-label":
+            has = [name for name in ("paris", "madrid") if draw.random() < 0.5]
+            rows.append({"text": " ".join(sentence(draw, *has)), "labels": has})
+        elif task == "regression":
+            rows.append({"text": text, "score": 1.0 if yes else -1.0})
+        else:
+            words = sentence(draw, word, "spain")
+            tags = {"paris": "B-CITY", "rome": "B-CITY", "spain": "B-LAND"}
+            rows.append({"tokens": words, "tags": [tags.get(w, "O") for w in words]})
+    return rows
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def request_for(tiny_folder, text_cache, tmp_path):
+    def make(kind="classification", output="run", rows=None, **options):
+        train = write(tmp_path / "train.jsonl", rows or rows_of(kind, 64))
+        options = {
+            "model": str(tiny_folder), "epochs": 4, "batch_size": 8, "max_length": 40,
+            "learning_rate": 3e-3, "dev_share": 0.25, "patience": 0, "device": "cpu",
+            "cache_dir": text_cache, "train": train, **options,
+        }  # fmt: skip
+        return Request(output=str(tmp_path / output), **options)
+
+    return make
+
+
+@pytest.fixture
+def finetune(request_for):
+    def call(*args, callbacks=(), allow=(), **options):
+        return prepare(request_for(*args, **options)).train(callbacks=callbacks, allow=allow)
+
+    return call
+
+
+class At(transformers.TrainerCallback):
+    """A signal behind a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "pipeline"),
+    [
+        ("classification", "BertForSequenceClassification", "text-classification"),
+        ("pairs", "BertForSequenceClassification", "text-classification"),
+        ("multi-label", "BertForSequenceClassification", "text-classification"),
+        ("regression", "BertForSequenceClassification", "text-classification"),
+        ("tagging", "BertForTokenClassification", "token-classification"),
+    ],
+)
+def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
+    test = write(tmp_path / "test.jsonl", rows_of(task, 40, seed=1))
+    verdict = finetune(task, test=test, epochs=16)
+    score, (_, baseline) = verdict.scores[verdict.metric], verdict.baseline
+    assert score > 0.9 and score > baseline + 0.2 and score > verdict.untrained, verdict
+    assert (verdict.split, verdict.rows) == ("test", 40)
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 41))
+    assert all(line.keys() >= {"prediction", "label"} for line in lines)
+    if task != "regression":
+        assert np.mean([line["prediction"] == line["label"] for line in lines]) > 0.8
+    for folder in ("best", "final"):
+        model = getattr(transformers, head).from_pretrained(run / folder)
+        assert model.config.architectures == [head]
+        assert transformers.pipeline(pipeline, model=str(run / folder))("paris is in france")
+    card = (run / "final" / "README.md").read_text()
+    assert str(verdict) in card and f"pipeline_tag: {pipeline}" in card
+    evaluated = [line for line in metrics_of(run) if f"eval_{verdict.metric}" in line]
+    assert [line["step"] for line in evaluated][:2] == [0, verdict.steps // 16]
+
+
+class Losses(transformers.Trainer):
+    """transformers' own Trainer on the batches that it is given."""
+
+    loader = None
+
+    def get_train_dataloader(self):
+        return self.loader
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label", "regression", "tagging"])
+def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
+    """In every step, with the same batches and without dropout."""
+    options = {"dropout": 0.0, "epochs": 3, "learning_rate": 1e-3}
+    ours = prepare(request_for(task, **options))
+    theirs = getattr(transformers, ours.task.head)(ours.model.config)
+    theirs.load_state_dict(ours.model.state_dict())
+    ours.train()
+    found = [line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "theirs"), max_steps=ours.steps, learning_rate=1e-3, weight_decay=0.01,
+        warmup_steps=int(np.ceil(0.06 * ours.steps)), logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = Losses(theirs, arguments, train_dataset=ours.data)
+    trainer.loader = DataLoader(
+        ours.data,
+        batch_sampler=RowBatches(ours.lengths, ours.pass_tokens, ours.steps, seed=0),
+        collate_fn=PackedCollator(padded=True, labels=ours.task.labels_of),
+    )
+    trainer.train()
+    expected = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    assert np.ptp(found) > 1e-3, "something was trained"
+
+
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (7, 0), (9, 2)])
+def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, workers):
+    from safetensors.torch import load_file
+
+    whole = finetune(output="whole")
+    with pytest.raises(SystemExit) as stop:
+        finetune(output="parts", callbacks=[At(step)])
+    assert stop.value.code == 128 + signal.SIGTERM
+    parts = finetune(output="parts", workers=workers)
+    assert whole._replace(overhead=None) == parts._replace(overhead=None)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    for folder in ("best", "final"):
+        one, other = (
+            load_file(tmp_path / name / folder / "model.safetensors") for name in ("whole", "parts")
+        )
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+
+
+def test_a_finished_run_and_what_changed(finetune, tmp_path):
+    first = finetune()
+    before = metrics_of(tmp_path / "run")
+    assert finetune()._replace(overhead=first.overhead) == first
+    assert metrics_of(tmp_path / "run") == before
+    with pytest.raises(InputError, match=r"seed was 0 and is 1.*--allow-change"):
+        finetune(seed=1)
+    with pytest.raises(InputError, match=r"train was '\w+' and is '\w+'"):
+        finetune(rows=rows_of("classification", 64, seed=5))
+
+
+def test_passes_add_up_to_a_step(finetune, tmp_path):
+    """One step of several passes is a step of all their rows."""
+    options = {"dropout": 0.0, "epochs": 2, "batch_size": 16}
+    finetune(output="one", **options)
+    finetune(output="several", device_tokens=60, **options)
+    one, several = ([line["loss"] for line in metrics_of(tmp_path / name) if "loss" in line]
+                    for name in ("one", "several"))  # fmt: skip
+    assert len(several) >= len(one)
+    assert np.mean(several) == pytest.approx(np.mean(one), rel=0.2)
+
+
+def test_patience_and_over_fitting(finetune, tmp_path):
+    """Labels that nothing tells: training gets better by heart, dev does not."""
+    draw = random.Random(0)
+    rows = [{"text": " ".join(sentence(draw)), "label": draw.randint(0, 1)} for _ in range(40)]
+    verdict = finetune(rows=rows, epochs=30, learning_rate=5e-3)
+    step, best, last = verdict.overfits
+    assert step < verdict.steps and best < last
+    assert any("the loss on dev rose from" in line for line in verdict.lines())
+    early = finetune(output="early", rows=rows, epochs=30, learning_rate=5e-3, patience=2)
+    assert early.steps < verdict.steps
+
+
+def test_the_report(request_for, tmp_path):
+    rows = rows_of("classification", 40)
+    rows += [rows[0], rows[1], {"text": "paris " * 60, "label": "north"}]
+    dev = [*rows_of("classification", 8, seed=3), rows[2], {"text": "a city", "label": "east"}]
+    finetuning = prepare(request_for(rows=rows, dev=write(tmp_path / "dev.jsonl", dev)))
+    report = finetuning.report()
+    assert report.rows == {"train": 43, "dev": 10}
+    assert report.labels == {"north": 22, "south": 21} and report.unseen == ("east",)
+    assert (report.duplicates, report.shared) == (2, {"dev": 1})
+    assert report.cut == {"train": 1, "dev": 0} and report.lengths[2] == 40
+    assert report.baseline == ("always 'north'", 0.5) and 0 <= report.untrained <= 1
+    told = dict(report.lines())
+    assert told["rows"] == "43 train, 10 dev" and told["labels"] == "north 51.2%, south 48.8%"
+    assert told["cut"] == "1 rows of train are longer than --max-length"
+    assert told["not trained"] == "labels that no row to train on has: east"
+    assert told["leak"] == "1 rows of dev are to be trained on too"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"text": "a", "label": 1}] * 8, {}, "two classes or more .* got '1' in every row"),
+        ([{"words": "a", "label": 1}] * 8, {}, "columns of a task .* got words, label"),
+        ([{"text": "a", "label": 1}] * 8, {"task": "poetry"}, "--task of classification, .*poetry"),
+        ([{"text": "a", "label": 1}] * 8, {"task": "tagging"}, "a column 'tags' .* text, label"),
+        ([{"text": "a", "label": i % 2} for i in range(7)] + [{"text": " ", "label": 0}], {},
+         r"row 8 of .*: expected a text in 'text', got an empty one"),
+        ([{"text": "a", "label": str(i % 2) if i else ""} for i in range(8)], {},
+         "a label in 'label', row 1 .* got an empty one"),
+        ([{"text": "a", "label": None if i == 3 else i % 2} for i in range(8)], {},
+         "labels of one kind.* got None in row 4"),
+        ([{"text": "a", "score": float("nan") if i == 3 else i} for i in range(8)], {},
+         "a number in 'score', row 4"),
+        ([{"tokens": ["a", "b"], "tags": ["O"] * (1 + (i != 2))} for i in range(8)], {},
+         "2 tags in row 3 .* got 1"),
+        ([{"tokens": ["a", "b"], "tags": ["O", "PER"]}] * 8, {}, "B-X, I-X and O in row 1.* 'PER'"),
+        ([{"tokens": ["a"], "tags": ["O"]}] * 8, {}, "tags such as B-PER .* none but O"),
+        (rows_of("classification", 2), {"dev_share": 0.9},
+         "rows to train on and rows to split off .* got 2"),
+        (rows_of("classification", 8), {"max_length": 41}, "--max-length of at most 40.* got 41"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(request_for, rows, options, message):
+    with pytest.raises(InputError, match=message):
+        prepare(request_for(rows=rows, **options))
+
+
+def test_models_that_do_not_fit(finetune, request_for, tmp_path):
+    finetune(epochs=1)
+    rows = [{"text": "a city", "label": name} for name in ("one", "two", "three")] * 4
+    with pytest.raises(LoadError, match="the labels one, three, two, got one for north, south"):
+        prepare(request_for(rows=rows, model=str(tmp_path / "run/best")))
+    again = prepare(request_for(model=str(tmp_path / "run/best")))
+    assert again.new == [], "the head is there"
+    with pytest.raises(LoadError, match="nowhere"):
+        prepare(request_for(model="/nowhere"))
+
+
+def test_the_commands(run, tiny_folder, text_cache, tmp_path):
+    data = write(tmp_path / "data.csv", rows_of("classification", 80))
+    cache = ("--cache-dir", text_cache)
+    arguments = ["finetune", data, "-o", tmp_path / "run", "--model", tiny_folder, "--epochs", 12,
+                 "--patience", 0, "--batch-size", 8, "--max-length", 40, "--learning-rate", 3e-3,
+                 "--device", "cpu", "--dev-share", 0.2, "--test-share", 0.2, *cache]  # fmt: skip
+    code, out, err = run(*arguments, "--dry-run")
+    assert code == 0 and out == "" and not (tmp_path / "run").exists()
+    assert "rows: 51 train, 13 dev, 16 test" in err and "new: classifier.bias" in err
+    code, out, err = run(*arguments)
+    assert code == 0 and out.count("\n") == 1 and "accuracy 1.000 on 16 test rows" in out
+    assert "dev: accuracy" in err and "precision  recall" in err and "right" in err
+    best = ("--model", tmp_path / "run/best", "--device", "cpu")
+    code, out, err = run("evaluate", data, *best, *cache)
+    assert code == 0 and json.loads(out) == {"rows": 80, "cut": 0, "accuracy": 1.0, "macro_f1": 1.0}
+    code, out, _ = run("classify", "paris is in france", "rome", *best)
+    assert [json.loads(line)["prediction"] for line in out.splitlines()] == ["north", "south"]
+    code, out, _ = run("predict", data, "-o", tmp_path / "out.jsonl", *best, *cache)
+    assert code == 0 and "80 predictions" in out
+    code, _, err = run("predict", data, "-o", tmp_path / "out.txt", *best, *cache)
+    assert code == 5 and "an output of .jsonl" in err
+    code, _, err = run("evaluate", data, "--model", tiny_folder, *cache)
+    assert code == 3 and "a checkpoint with a BertForSequenceClassification" in err
