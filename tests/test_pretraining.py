@@ -122,6 +122,7 @@ def test_a_run(pretrain, tmp_path):
         assert model.config.vocab_size == len(tokenizer) and len(fill("paris is [MASK]")) == 5
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once(pretrain, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with pytest.raises(SystemExit):
@@ -135,6 +136,7 @@ def test_tensorboard_shows_each_step_once(pretrain, tmp_path):
     assert [event.step for event in events.Scalars("eval/perplexity")] == [0, 3, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
     pretrain()
     before = (tmp_path / "run/metrics.jsonl").read_text(), weights_of(tmp_path / "run/final")
@@ -146,10 +148,10 @@ def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
 @pytest.mark.parametrize(
     ("number", "step", "workers"),
     [
-        (signal.SIGTERM, 1, 0),
-        (signal.SIGTERM, 3, 0),
+        pytest.param(signal.SIGTERM, 1, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 3, 0, marks=pytest.mark.slow),
         (signal.SIGTERM, 7, 0),
-        (signal.SIGINT, 4, 2),
+        pytest.param(signal.SIGINT, 4, 2, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
@@ -224,6 +226,7 @@ def test_killed_at_any_moment(pretrain, request_for, tmp_path, moment):
     assert not list((tmp_path / "parts").rglob(".*")), "something was left behind"
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(pretrain, tmp_path, monkeypatch):
     pretrain("whole")
     save = torch.save
@@ -270,6 +273,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
     assert RunFolder(tmp_path / "run", "pretrain").latest()[0] == 3
 
 
+@pytest.mark.slow
 def test_what_changed_is_refused(pretrain, texts, tmp_path):
     with pytest.raises(SystemExit):
         pretrain(callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
@@ -297,6 +301,7 @@ def test_folders_of_others(pretrain, tmp_path):
         pretrain("busy")
 
 
+@pytest.mark.slow
 def test_patience(pretrain, tmp_path):
     """A learning rate at which nothing gets better for long."""
     pretrain(steps=40, evaluate_every=1, patience=2, learning_rate=3.0, save_every=100)
@@ -307,6 +312,7 @@ def test_patience(pretrain, tmp_path):
     assert steps[-1] == len(losses) - 1
 
 
+@pytest.mark.slow
 def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts, text_cache):
     pretrain(nsp=False, tokenizer=None, vocab_size=60, whole_words=True, steps=3)
     line = metrics_of(tmp_path / "run")[-1]
@@ -316,6 +322,7 @@ def test_single_segments_and_whole_words(pretrain, tmp_path, request_for, texts,
     assert type(model) is transformers.BertForMaskedLM
 
 
+@pytest.mark.slow
 def test_going_on_from_a_checkpoint(pretrain, tiny_folder, tmp_path):
     """An encoder without heads gets new ones."""
     done = pretrain(model=str(tiny_folder), tokenizer=None, steps=2, learning_rate=1e-6)
@@ -337,6 +344,7 @@ def test_going_on_from_a_checkpoint(pretrain, tiny_folder, tmp_path):
             torch.testing.assert_close(after[f"bert.{name}"], value, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_steps_from_tokens_and_hours(request_for):
     plan = prepare(request_for(steps=None, tokens=20_000)).plan()
     assert plan.steps * plan.tokens_per_step <= 20_000 < (plan.steps + 1) * plan.tokens_per_step
@@ -477,6 +485,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch, fsd
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command(run, texts, text_cache, tiny_folder, tmp_path):
     arguments = [
         "pretrain", texts, "-o", tmp_path / "run", "--size", "tiny", "--tokenizer", tiny_folder,
