@@ -53,6 +53,9 @@ def rows_of(task, count, seed=0):
             rows.append({"text": " ".join(sentence(draw, *has)), "labels": has})
         elif task == "regression":
             rows.append({"text": text, "score": 1.0 if yes else -1.0})
+        elif task == "answering":
+            words = sentence(draw, word, low=20, high=60)
+            rows.append({"question": "city", "context": " ".join(words), "answers": [word]})
         else:
             words = sentence(draw, word, "spain")
             tags = {"paris": "B-CITY", "rome": "B-CITY", "spain": "B-LAND"}
@@ -118,6 +121,7 @@ def metrics_of(folder):
         _slow("multi-label", "BertForSequenceClassification", "text-classification"),
         _slow("regression", "BertForSequenceClassification", "text-classification"),
         _slow("tagging", "BertForTokenClassification", "token-classification"),
+        _slow("answering", "BertForQuestionAnswering", None),
     ],
 )
 def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
@@ -130,16 +134,19 @@ def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(1, 41))
     assert all(line.keys() >= {"prediction", "label"} for line in lines)
-    if task != "regression":
+    if task == "answering":
+        assert np.mean([line["prediction"] in line["label"] for line in lines]) > 0.8
+    elif task != "regression":
         assert np.mean([line["prediction"] == line["label"] for line in lines]) > 0.8
     for folder in ("best", "final"):
         model = getattr(transformers, head).from_pretrained(run / folder)
         assert model.config.architectures == [head]
-        assert transformers.pipeline(pipeline, model=str(run / folder))("paris is in france")
+        if pipeline is not None:
+            assert transformers.pipeline(pipeline, model=str(run / folder))("paris is in france")
     card = (run / "final" / "README.md").read_text()
-    assert str(verdict) in card and f"pipeline_tag: {pipeline}" in card
+    assert str(verdict) in card and f"pipeline_tag: {pipeline or 'question-answering'}" in card
     evaluated = [line for line in metrics_of(run) if f"eval_{verdict.metric}" in line]
-    assert [line["step"] for line in evaluated][:2] == [0, verdict.steps // 16]
+    assert [line["step"] for line in evaluated][:2] == [0, -(-verdict.steps // 16)]
 
 
 class Losses(transformers.Trainer):
@@ -308,9 +315,16 @@ def test_the_commands(run, tiny_folder, text_cache, tmp_path):
     assert "dev: accuracy" in err and "precision  recall" in err and "right" in err
     best = ("--model", tmp_path / "run/best", "--device", "cpu")
     code, out, err = run("evaluate", data, *best, *cache)
-    assert code == 0 and json.loads(out) == {"rows": 80, "cut": 0, "accuracy": 1.0, "macro_f1": 1.0}
+    assert code == 0 and json.loads(out) == {
+        "rows": 80,
+        "longer": 0,
+        "accuracy": 1.0,
+        "macro_f1": 1.0,
+    }
     code, out, _ = run("classify", "paris is in france", "rome", *best)
     assert [json.loads(line)["prediction"] for line in out.splitlines()] == ["north", "south"]
+    code, _, err = run("answer", "who?", "--context", data, *best)
+    assert code == 3 and "a checkpoint that answers questions, got one for classification" in err
     code, out, _ = run("predict", data, "-o", tmp_path / "out.jsonl", *best, *cache)
     assert code == 0 and "80 predictions" in out
     code, _, err = run("predict", data, "-o", tmp_path / "out.txt", *best, *cache)

@@ -148,12 +148,12 @@ def test_scores_by_hand():
 def test_losses_are_torchs():
     logits, draw = torch.randn(6, 4), torch.nn.functional
     gold = [0, 3, 1, 2, 2, 0]
-    found = [Classification(["a", "b", "c", "d"]).losses(row.numpy(), {}, y)
+    found = [Classification(["a", "b", "c", "d"]).losses(row.numpy(), y)
              for row, y in zip(logits, gold, strict=True)]  # fmt: skip
     expected = draw.cross_entropy(logits.double(), torch.tensor(gold))
     assert np.concatenate(found).mean() == pytest.approx(expected.item())
     has = torch.rand(6, 4) < 0.5
-    found = [MultiLabel(["a", "b", "c", "d"]).losses(row.numpy(), {}, y.numpy())
+    found = [MultiLabel(["a", "b", "c", "d"]).losses(row.numpy(), y.numpy())
              for row, y in zip(logits, has, strict=True)]  # fmt: skip
     expected = draw.binary_cross_entropy_with_logits(logits.double(), has.double())
     assert np.concatenate(found).mean() == pytest.approx(expected.item())
@@ -285,8 +285,8 @@ def test_a_file_of_predictions(checkpoint, tmp_path, monkeypatch):
 
 
 def test_checkpoints_for_something_else(checkpoint, tiny_folder):
-    with pytest.raises(InputError, match="got a BertForQuestionAnswering; fastbert finetune"):
-        Predictor(checkpoint("BertForQuestionAnswering"), CPU)
+    with pytest.raises(InputError, match="got a BertForMaskedLM; fastbert finetune"):
+        Predictor(checkpoint("BertForMaskedLM"), CPU)
     with pytest.raises(InputError, match="got a BertModel"):
         Predictor(tiny_folder, CPU)
     with pytest.raises(LoadError, match="--max-length of at most 40"):

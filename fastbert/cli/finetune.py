@@ -32,7 +32,7 @@ def command(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification, multi-label, regression, tagging; default: what the columns say."
+            help="classification, multi-label, regression, tagging, answering; default: by columns."
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="How often each row is seen.")] = 3.0,
@@ -41,6 +41,9 @@ def command(
     ] = 32,
     device_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one pass.")] = 8192,
     max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 128,
+    long: Annotated[
+        str, typer.Option(help="A longer row: cut, or windows that overlap, all of which count.")
+    ] = "cut",
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-5,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.01,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps.")] = 0.06,
@@ -71,10 +74,10 @@ def command(
         typer.Option(help="A setting that may differ from what the run was begun with."),
     ] = None,
 ) -> None:
-    """Fine-tune a BERT on TRAIN: classes of texts or pairs of texts, several labels, numbers, tags.
+    """Fine-tune a BERT on TRAIN: classes of texts or pairs, several labels, numbers, tags, answers.
 
-    Columns: text (or text_a and text_b) with label, labels (a list) or score; tokens with tags. The
-    same command again goes on from the last checkpoint.
+    Columns: text (or text_a and text_b) with label, labels (a list) or score; tokens with tags;
+    question, context and answers. The same command again goes on from the last checkpoint.
     """
     from rich.console import Console
 
@@ -93,6 +96,7 @@ def command(
             batch_size=batch_size,
             device_tokens=device_tokens,
             max_length=max_length,
+            long=long,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warmup=warmup,

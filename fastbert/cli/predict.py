@@ -1,4 +1,4 @@
-"""``fastbert predict``, ``evaluate`` and ``classify``: what a checkpoint with a head says."""
+"""``fastbert predict``, ``evaluate``, ``classify`` and ``answer``: what a checkpoint with a head says."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..tasks.errors import InputError
 from .options import Device, Dtype
 
 if TYPE_CHECKING:
     from ..finetuning.predicting import Predictor
 
-__all__ = ["classify", "evaluate", "predict"]
+__all__ = ["answer", "classify", "evaluate", "predict"]
 
 
 class OnError(str, Enum):
@@ -36,15 +37,24 @@ Model = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(min=3, help="Tokens of a row at most; default: what the model knows.")
 ]
+Long = Annotated[
+    str, typer.Option(help="A longer row: cut, or windows that overlap, all of which count.")
+]
 CacheDir = Annotated[str | None, typer.Option(help="For tables; default: that of datasets.")]
 
 
-def _predictor(model: str, device: str, dtype: str, max_length: int | None) -> Predictor:
+def _predictor(
+    model: str, device: str, dtype: str, max_length: int | None = None, long: str = "cut"
+) -> Predictor:
     from ..finetuning.predicting import Predictor
     from ..tasks.loading import resolve_device, resolve_dtype
 
     where = resolve_device(device)
-    return Predictor(model, where, resolve_dtype(dtype, where), max_length)
+    if long not in ("cut", "windows"):
+        raise InputError(f"expected --long cut or windows, got {long!r}")
+    return Predictor(
+        model, where, resolve_dtype(dtype, where), max_length, windows=long == "windows"
+    )
 
 
 def predict(
@@ -54,6 +64,7 @@ def predict(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    long: Long = "cut",
     on_error: Annotated[
         OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
     ] = OnError.stop,
@@ -70,7 +81,7 @@ def predict(
     from ..finetuning.table import read_table
 
     table, console = read_table(file, cache_dir), Console(stderr=True)
-    predictor, start = _predictor(model, device, dtype, max_length), time.perf_counter()
+    predictor, start = _predictor(model, device, dtype, max_length, long), time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("predicting", total=len(table))
         done = predict_file(
@@ -80,7 +91,8 @@ def predict(
     for row, why in [*done.skipped.items()][:10]:
         typer.echo(f"left out: row {row}: {why}", err=True)
     if done.cut:
-        typer.echo(f"{done.cut:,} rows were cut to {predictor.max_length} tokens", err=True)
+        did = "read in windows of" if predictor.windows else "cut to"
+        typer.echo(f"{done.cut:,} rows were {did} {predictor.max_length} tokens", err=True)
     speed = done.rows / (time.perf_counter() - start)
     skipped = f", {len(done.skipped):,} bad rows left out" if done.skipped else ""
     typer.echo(f"{output}: {done.rows:,} predictions, {speed:,.0f} rows a second{skipped}")
@@ -92,6 +104,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
+    long: Long = "cut",
     cache_dir: CacheDir = None,
 ) -> None:
     """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it."""
@@ -99,14 +112,14 @@ def evaluate(
     from ..finetuning.table import read_table
 
     table = read_table(file, cache_dir)
-    predictor = _predictor(model, device, dtype, max_length)
+    predictor = _predictor(model, device, dtype, max_length, long)
     gold, predictions, cut = predictor.task.gold(table), [], 0
     for part in table.parts(1024):
         said, _, shorter = predictor(part)
         predictions, cut = predictions + said, cut + shorter
     for line in by_class_lines(predictor.task.by_class(predictions, gold)):
         typer.echo(line, err=True)
-    scores = {"rows": len(table), "cut": cut, **predictor.task.score(predictions, gold)}
+    scores = {"rows": len(table), "longer": cut, **predictor.task.score(predictions, gold)}
     typer.echo(json.dumps(scores))
 
 
@@ -121,9 +134,37 @@ def classify(
 
     from ..finetuning.table import Table
 
-    predictor = _predictor(model, device, dtype, None)
+    predictor = _predictor(model, device, dtype)
     column = "tokens" if predictor.task.labels_of == "token" else "text"
     values = [one.split() for one in text] if column == "tokens" else text
     _, described, _ = predictor(Table(datasets.Dataset.from_dict({column: values}), "TEXT"))
     for said in described:
         typer.echo(json.dumps(said, ensure_ascii=False))
+
+
+def answer(
+    question: Annotated[str, typer.Argument(help="What to look for.")],
+    context: Annotated[Path, typer.Option(help="A text file, of any length.")],
+    model: Model,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+) -> None:
+    """Show the span of a text that answers a question, or that none does."""
+    import datasets
+
+    from ..finetuning.table import Table
+
+    predictor = _predictor(model, device, dtype, max_length)
+    if predictor.task.name != "answering":
+        raise InputError(
+            f"expected a checkpoint that answers questions, got one for {predictor.task.name} in "
+            f"{model!r}"
+        )
+    try:
+        text = context.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"expected a text in {str(context)!r}: {error}") from error
+    rows = datasets.Dataset.from_dict({"question": [question], "context": [text]})
+    _, described, _ = predictor(Table(rows, str(context)))
+    typer.echo(json.dumps(described[0], ensure_ascii=False))

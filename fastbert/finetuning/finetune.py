@@ -29,7 +29,8 @@ from ..training.collating import PackedCollator
 from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
 from ..training.sampling import TokenBudgetSampler
-from .predicting import Predictor, logits_of
+from .answering import Answering
+from .predicting import Predictor, logits_of, said_of
 from .report import DataReport, Verdict, report_on
 from .table import Splits, Table, read_table, split_off
 from .tagging import Tagging
@@ -39,7 +40,7 @@ from .trainer import FinetuningTrainer, RowBatches
 __all__ = ["TASKS", "Finetuning", "Request", "prepare"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (Classification, MultiLabel, Regression, Tagging)
+    cls.name: cls for cls in (Classification, MultiLabel, Regression, Tagging, Answering)
 }
 
 
@@ -55,7 +56,8 @@ class Request:
         epochs: how often every row is trained on, at most.
         batch_size: rows of a step, on average: batches are counted in tokens.
         device_tokens: of one forward and backward pass.
-        max_length: tokens of a row at most.
+        max_length: tokens of an example at most.
+        long: what becomes of a longer row, ``"cut"`` or ``"windows"``: several examples.
         dropout: of every layer and the head; None for what the checkpoint has.
         dev_share, test_share: of the rows, where no file is given; no test without a share.
         patience: evaluations without gain that end the run; 0 for never.
@@ -71,6 +73,7 @@ class Request:
     batch_size: int = 32
     device_tokens: int = 8192
     max_length: int = 128
+    long: str = "cut"
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     warmup: float = 0.06
@@ -98,6 +101,8 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
     columns = set(table.columns)
     if {"tokens", "tags"} <= columns:
         return Tagging
+    if {"question", "context", "answers"} <= columns:
+        return Answering
     texts = "text" in columns or {"text_a", "text_b"} <= columns
     if texts and "labels" in columns:
         return MultiLabel
@@ -108,7 +113,8 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
         return Classification
     raise InputError(
         f"expected columns of a task in {table.name!r}: text (or text_a and text_b) with label, "
-        f"labels or score, or tokens with tags; got {', '.join(table.columns)}"
+        "labels or score, tokens with tags, or question, context and answers; got "
+        f"{', '.join(table.columns)}"
     )
 
 
@@ -120,6 +126,8 @@ def prepare(request: Request) -> Finetuning:
         LoadError: a model that cannot be loaded, or with a head for other labels.
     """
     processes = Processes.here(request.device, command="finetune")
+    if request.long not in ("cut", "windows"):
+        raise InputError(f"expected --long cut or windows, got {request.long!r}")
     tables = [
         None if path is None else read_table(path, request.cache_dir)
         for path in (request.train, request.dev, request.test)
@@ -185,11 +193,13 @@ class Finetuning:
     ):
         self.request, self.processes, self.splits, self.task = request, processes, splits, task
         self.tokenizer, self.model, self.new = tokenizer, model, new
+        self.windows = request.long == "windows"
         self.gold = {name: task.gold(t) for name, t in self._tables().items()}
         self.examples, self.cut = {}, {}
         for name, table in self._tables().items():
-            found = task.encode(table, tokenizer, request.max_length)
-            self.examples[name], self.cut[name] = found
+            found = task.encode(table, tokenizer, request.max_length, windows=self.windows)
+            self.examples[name], longer = found
+            self.cut[name] = 0 if self.windows else longer
         self.data = task.with_labels(self.examples["train"], self.gold["train"])
         self.lengths = np.array([len(example["input_ids"]) for example in self.data])
         # So many rows on average; a longest one has to fit.
@@ -223,12 +233,10 @@ class Finetuning:
         if self._untrained is None:
             device = self.processes.device
             model = self.model.to(device).eval()
-            said = dict(logits_of(model, self.task, self.examples["dev"], device))
-            predictions = [
-                self.task.predict(said[i], example)
-                for i, example in enumerate(self.examples["dev"])
-            ]
-            self._untrained = self.task.score(predictions, self.gold["dev"])
+            examples = self.examples["dev"]
+            logits = dict(logits_of(model, self.task, examples, device))
+            predictions = map(self.task.predict, said_of(self.task, logits, examples))
+            self._untrained = self.task.score([*predictions], self.gold["dev"])
         return self._untrained[self.task.best]
 
     def facts(self) -> dict[str, Any]:
@@ -311,7 +319,10 @@ class Finetuning:
     def _verdict(self, untrained: float, run: RunFolder, overhead: float | None) -> Verdict:
         split = "test" if self.splits.test is not None else "dev"
         predictor = Predictor(
-            run.path / "best", self.processes.device, max_length=self.request.max_length
+            run.path / "best",
+            self.processes.device,
+            max_length=self.request.max_length,
+            windows=self.windows,
         )
         table = self._tables()[split]
         predictions, described, _ = predictor(table)
@@ -337,7 +348,8 @@ class Finetuning:
         )
 
     def _describe(self, folder: Path, verdict: Verdict) -> None:
-        pipeline = {"tagging": "token-classification"}.get(self.task.name, "text-classification")
+        pipelines = {"tagging": "token-classification", "answering": "question-answering"}
+        pipeline = pipelines.get(self.task.name, "text-classification")
         rows = "\n".join(
             f"| {what} | {html.escape(text, quote=False)} |" for what, text in self.report().lines()
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.durable import to_disk
@@ -19,11 +19,10 @@ from ..tasks.loading import load_model, load_tokenizer
 from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
 from .table import Table
-from .tasks import Task, task_from_config
+from .tasks import INPUTS, Example, Task, task_from_config
 
-__all__ = ["Predicted", "Predictor", "logits_of", "predict_file"]
+__all__ = ["Predicted", "Predictor", "logits_of", "predict_file", "said_of"]
 
-_INPUTS = ("input_ids", "token_type_ids")
 BATCH_TOKENS = 8192  # of a forward pass
 _PART = 1024  # rows that are in memory at a time
 
@@ -39,8 +38,7 @@ def logits_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The logits of each example, ``[C]`` of a sequence or ``[n, C]`` of its tokens, with its place
-    among ``examples``, in no order that means anything.
+    """The logits of each example, as `Task.logits`, with its place among ``examples``.
 
     Args:
         model: in evaluation mode, on ``device``.
@@ -53,14 +51,18 @@ def logits_of(
         lengths, max(tokens, *lengths), rank=0, world_size=1, shuffle=False
     )
     for batch in list(batches)[rank::world_size]:
-        inputs = collate([{k: examples[i][k] for k in _INPUTS if k in examples[i]} for i in batch])
+        inputs = collate([{k: examples[i][k] for k in INPUTS if k in examples[i]} for i in batch])
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        logits: Tensor = model(**inputs).logits.float().cpu()
-        if task.labels_of == "token":
-            parts = logits[0].split([lengths[i] for i in batch])
-        else:
-            parts = logits.unbind(0)
-        yield from zip(batch, (part.numpy() for part in parts), strict=True)
+        found = task.logits(model(**inputs), [lengths[i] for i in batch])
+        yield from zip(batch, found, strict=True)
+
+
+def said_of(task: Task, logits: Mapping[int, np.ndarray], examples: list[Example]) -> list[Any]:
+    """What the logits of all examples say of each row, by `Task.merge`."""
+    parts: dict[int, list[tuple[np.ndarray, Example]]] = {}
+    for i, example in enumerate(examples):
+        parts.setdefault(example["row"], []).append((logits[i], example))
+    return [task.merge(parts[row]) for row in sorted(parts)]
 
 
 class Predictor:
@@ -71,6 +73,7 @@ class Predictor:
         device: where it runs.
         dtype: of its weights.
         max_length: tokens of an example at most; by default as many as the model knows.
+        windows: longer rows are read in windows that overlap; otherwise they are cut.
 
     Raises:
         LoadError: no such model, or one without a head.
@@ -83,8 +86,10 @@ class Predictor:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         max_length: int | None = None,
+        *,
+        windows: bool = False,
     ):
-        self.device = device
+        self.device, self.windows = device, windows
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
         config = AutoConfig.from_pretrained(source)
         self.task = task_from_config(config)
@@ -101,11 +106,12 @@ class Predictor:
 
     def __call__(self, table: Table) -> tuple[list[Any], list[dict[str, Any]], int]:
         """Predictions for each row, the same as JSON, and how many rows were cut."""
-        examples, cut = self.task.encode(table, self.tokenizer, self.max_length)
-        said = dict(logits_of(self.model, self.task, examples, self.device))
-        rows = [(said[i], example) for i, example in enumerate(examples)]
-        predictions = [self.task.predict(*row) for row in rows]
-        return predictions, [self.task.describe(*row) for row in rows], cut
+        examples, cut = self.task.encode(
+            table, self.tokenizer, self.max_length, windows=self.windows
+        )
+        logits = dict(logits_of(self.model, self.task, examples, self.device))
+        said = said_of(self.task, logits, examples)
+        return [*map(self.task.predict, said)], [*map(self.task.describe, said)], cut
 
 
 class Predicted(NamedTuple):

@@ -11,6 +11,9 @@ import numpy as np
 from .table import Splits, Table
 from .tasks import Task
 
+# Columns by which two rows are the same.
+_CONTENT = ("text", "text_a", "text_b", "tokens", "question", "context")
+
 __all__ = ["DataReport", "Verdict", "by_class_lines", "report_on"]
 
 
@@ -111,7 +114,7 @@ def _labels(task: Task, table: Table) -> Counter[str]:
 
 
 def _contents(table: Table) -> list[tuple[Any, ...]]:
-    names = [name for name in ("text", "text_a", "text_b", "tokens") if name in table.columns]
+    names = [name for name in _CONTENT if name in table.columns]
     return table.rows(names)
 
 

@@ -7,6 +7,7 @@ a CSV file ("NA", "null", nothing) stays the text that it is.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,8 @@ def _read(path: Path, cache_dir: Path | str | None) -> datasets.Dataset:
         return _read_conll(path)
     if kind not in _KINDS:
         raise InputError(f"expected a file of {', '.join([*_KINDS, *_CONLL])}, got {str(path)!r}")
+    if kind == ".json" and (squad := _squad_rows(path)) is not None:
+        return datasets.Dataset.from_list(squad)
     reader, options = _KINDS[kind]
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -137,6 +140,27 @@ def _read(path: Path, cache_dir: Path | str | None) -> datasets.Dataset:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _squad_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The questions of a file as SQuAD has them, v1 or v2; None for another one."""
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        return None
+    return [
+        {
+            "id": question.get("id"),
+            "question": question["question"],
+            "context": paragraph["context"],
+            "answers": {
+                "text": [answer["text"] for answer in question.get("answers", [])],
+                "answer_start": [answer["answer_start"] for answer in question.get("answers", [])],
+            },
+        }
+        for article in content["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
 
 
 def _read_conll(path: Path) -> datasets.Dataset:

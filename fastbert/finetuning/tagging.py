@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..tasks.errors import InputError
 from .table import Table
@@ -106,48 +106,61 @@ class Tagging(Task):
         return rows
 
     def encode(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        table: Table,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        windows: bool = False,
     ) -> tuple[list[Example], int]:
         self.check(table)
         words = self._words(table)
-        made = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-        keys = [key for key in ("input_ids", "token_type_ids") if key in made]
-        examples, cut = [], 0
-        for row, mine in enumerate(words):
-            ids = made.word_ids(row)
-            first = [i for i, word in enumerate(ids)
-                     if word is not None and (i == 0 or ids[i - 1] != word)]  # fmt: skip
-            cut += len(first) < len(mine)
-            examples.append(
-                {key: made[key][row] for key in keys}
-                | {"words": [ids[i] for i in first], "first": first, "count": len(mine)}
-            )
-        return examples, cut
+        examples, cut = self._windows(
+            tokenizer, [words], max_length, windows, "", is_split_into_words=True
+        )
+        return [{**x, "count": len(words[x["row"]])} for x in examples], cut
 
-    def with_labels(self, examples: list[Example], gold: list[list[str]]) -> list[Example]:
-        made = []
-        for example, tags in zip(examples, gold, strict=True):
-            labels = [_IGNORED] * len(example["input_ids"])
-            for word, place in zip(example["words"], example["first"], strict=True):
-                labels[place] = self._index[tags[word]]
-            kept = {key: example[key] for key in ("input_ids", "token_type_ids") if key in example}
-            made.append({**kept, "labels": labels})
-        return made
+    def places(self, made: BatchEncoding, i: int) -> Example:
+        """Words by number, and where their first pieces are; one that a window cuts in front has
+        none in it."""
+        ids = made.word_ids(i)
+        first = [
+            place for place, word in enumerate(ids)
+            if word is not None and ids[place - 1] != word
+            and (place > 1 or made["offset_mapping"][i][place][0] == 0)
+        ]  # fmt: skip
+        return {"words": [ids[place] for place in first], "first": first}
 
-    def predict(self, logits: np.ndarray, example: Example) -> list[str]:
-        """Of every word; one that was cut off is outside."""
-        tags = [_OUTSIDE] * example["count"]
-        best = logits.argmax(-1)
+    def targets(self, example: Example, gold: list[str]) -> Example:
+        labels = [_IGNORED] * len(example["input_ids"])
         for word, place in zip(example["words"], example["first"], strict=True):
-            tags[word] = self.labels[best[place]]
-        return tags
+            labels[place] = self._index[gold[word]]
+        return {"labels": labels}
 
-    def losses(self, logits: np.ndarray, example: Example, gold: list[str]) -> np.ndarray:
-        right = [self._index[gold[word]] for word in example["words"]]
-        return -log_softmax(logits)[example["first"], right]
+    def merge(self, parts: list[tuple[np.ndarray, Example]]) -> np.ndarray:
+        """Logits ``[words, C]``, of each word from the window in which it has the most on both
+        sides; NaN where a word is in none."""
+        count = parts[0][1]["count"]
+        said = np.full((count, len(self.labels)), np.nan)
+        room = np.full(count, -1)
+        for logits, example in parts:
+            end = len(example["input_ids"]) - 1
+            for word, place in zip(example["words"], example["first"], strict=True):
+                around = min(place, end - place)
+                if around > room[word]:
+                    said[word], room[word] = logits[place], around
+        return said
 
-    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
-        tags = self.predict(logits, example)
+    def predict(self, said: np.ndarray) -> list[str]:
+        """Of every word; one that was cut off is outside."""
+        return [_OUTSIDE if np.isnan(row[0]) else self.labels[row.argmax()] for row in said]
+
+    def losses(self, said: np.ndarray, gold: list[str]) -> np.ndarray:
+        known = np.flatnonzero(~np.isnan(said[:, 0]))
+        return -log_softmax(said[known])[range(len(known)), [self._index[gold[i]] for i in known]]
+
+    def describe(self, said: np.ndarray) -> dict[str, Any]:
+        tags = self.predict(said)
         entities = sorted(entities_of(tags), key=lambda entity: entity[1])
         return {
             "prediction": tags,

@@ -1,7 +1,8 @@
 """What can be learned from a table: for each task its columns, its head, and how well it does.
 
-A task turns rows into examples and gold answers, what a model says of an example into a prediction,
-and predictions with gold answers into metrics. It knows no files and no devices.
+A task turns rows into examples, one for each or one for each window of a long one, and into right
+answers; the logits of a row's examples into what is said of the row; that into a prediction; and
+predictions with right answers into metrics. It knows no files and no devices.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from ..tasks.errors import InputError
 from .table import Table
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 Example = dict[str, Any]
+INPUTS = ("input_ids", "token_type_ids")
+STRIDE = 4  # windows share a quarter of their tokens
 
 
 class Task(ABC):
@@ -40,12 +45,14 @@ class Task(ABC):
         head: the class of its model.
         labels_of: ``"sequence"`` or ``"token"``, what has a label.
         best: the metric that a model is chosen by; more is better.
+        has_own_loss: whether `loss` takes the place of the model's.
     """
 
     name: str
     head = "BertForSequenceClassification"
     labels_of = "sequence"
     best: str
+    has_own_loss = False
 
     def __init__(self, labels: Sequence[str]):
         self.labels = list(labels)
@@ -93,39 +100,102 @@ class Task(ABC):
             raise InputError(f"row {table.first + place} of {table.name!r}: {problem}")
 
     def encode(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        table: Table,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        windows: bool = False,
     ) -> tuple[list[Example], int]:
-        """Rows as tokens, without labels, and how many of them were cut to ``max_length``.
+        """Rows as tokens without labels, and how many of them are longer than ``max_length``.
+
+        Args:
+            windows: a longer row becomes several examples, which overlap; otherwise it is cut.
+
+        Returns:
+            Examples in the order of the rows; ``row`` is the place of theirs.
 
         Raises:
             InputError: a row that `problems` has something against.
         """
         self.check(table)
         texts = [table.column(name) for name in _text_columns(table)]
-        cut = sum(len(ids) > max_length for ids in tokenizer(*texts, verbose=False)["input_ids"])
-        made = tokenizer(*texts, truncation=True, max_length=max_length)
-        keys = [key for key in ("input_ids", "token_type_ids") if key in made]
-        return [dict(zip(keys, values, strict=True))
-                for values in zip(*(made[key] for key in keys), strict=True)], cut  # fmt: skip
+        # Of a pair the first text is whole in every window; the second one moves.
+        return self._windows(tokenizer, texts, max_length, windows, "only_second")
+
+    def _windows(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: list[list[Any]],
+        max_length: int,
+        windows: bool,
+        moves: str,
+        **options: Any,
+    ) -> tuple[list[Example], int]:
+        whole = tokenizer(*texts, verbose=False, **options)["input_ids"]
+        cut = sum(len(ids) > max_length for ids in whole)
+        if windows and cut and len(texts) > 1:
+            _check_room(tokenizer, texts[0], max_length)
+        made = tokenizer(
+            *texts,
+            truncation=moves if windows and len(texts) > 1 else True,
+            max_length=max_length,
+            stride=max_length // STRIDE if windows else 0,
+            return_overflowing_tokens=windows,
+            return_offsets_mapping=True,
+            **options,
+        )
+        rows = made.pop("overflow_to_sample_mapping", range(len(whole)))
+        examples = []
+        for i, row in enumerate(rows):
+            example = {key: made[key][i] for key in ("input_ids", "token_type_ids") if key in made}
+            examples.append({**example, "row": row, **self.places(made, i)})
+        return examples, cut
+
+    def places(self, made: BatchEncoding, i: int) -> Example:
+        """What of an example's tokens has to be known later."""
+        return {}
 
     def with_labels(self, examples: list[Example], gold: list[Any]) -> list[Example]:
         """Examples to train on."""
-        return [{**x, "labels": self.target(y)} for x, y in zip(examples, gold, strict=True)]
+        return [
+            {**{key: x[key] for key in INPUTS if key in x}, **self.targets(x, gold[x["row"]])}
+            for x in examples
+        ]
 
-    def target(self, gold: Any) -> Any:
-        """A right answer as the model's loss takes it."""
-        return gold
+    def targets(self, example: Example, gold: Any) -> Example:
+        """A right answer as the loss takes it."""
+        return {"labels": gold}
+
+    def loss(self, outputs: ModelOutput, labels: Tensor, bounds: Tensor) -> Tensor:
+        """Where the model's own will not do for packed batches: the sum over all labels.
+
+        Args:
+            labels: of the batch.
+            bounds: where its sequences begin and end, ``[B + 1]``.
+        """
+        raise NotImplementedError
+
+    def logits(self, outputs: ModelOutput, lengths: list[int]) -> list[np.ndarray]:
+        """Of each example in a packed batch: ``[C]``, or ``[n, C]`` of its tokens."""
+        found = outputs.logits.detach().float().cpu()
+        parts = found[0].split(lengths) if self.labels_of == "token" else found.unbind(0)
+        return [part.numpy() for part in parts]
+
+    def merge(self, parts: list[tuple[np.ndarray, Example]]) -> Any:
+        """What is said of a row by the logits of its examples: their mean."""
+        return np.mean([logits for logits, _ in parts], axis=0)
 
     @abstractmethod
-    def predict(self, logits: np.ndarray, example: Example) -> Any:
-        """What an example's logits say, of the kind of `gold`."""
+    def predict(self, said: Any) -> Any:
+        """A prediction from what `merge` gives, of the kind of `gold`."""
 
     @abstractmethod
-    def losses(self, logits: np.ndarray, example: Example, gold: Any) -> np.ndarray:
-        """Of everything in an example that has a label."""
+    def losses(self, said: Any, gold: Any) -> np.ndarray:
+        """Of everything in a row that has a label."""
 
     @abstractmethod
-    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
+    def describe(self, said: Any) -> dict[str, Any]:
         """A prediction for people and programs, as JSON."""
 
     @abstractmethod
@@ -159,6 +229,20 @@ def _text_columns(table: Table) -> tuple[str, ...]:
         f"expected a column 'text', or 'text_a' and 'text_b', in {table.name!r}, got "
         f"{', '.join(table.columns)}"
     )
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, first: list[Any], max_length: int) -> None:
+    """Whether the first text of every pair leaves half a window to the second.
+
+    Raises:
+        InputError: one that does not.
+    """
+    for row, ids in enumerate(tokenizer(first, add_special_tokens=False)["input_ids"], 1):
+        if len(ids) > max_length // 2:
+            raise InputError(
+                f"expected a first text of at most {max_length // 2} tokens, half of --max-length, "
+                f"got {len(ids)} in row {row}; windows move over the second text alone"
+            )
 
 
 def _one_by_one(values: list[Any], table: Table, column: str) -> list[str]:
@@ -232,16 +316,16 @@ class Classification(Task):
                 )
         return [self._index[name] for name in names]
 
-    def predict(self, logits: np.ndarray, example: Example) -> int:
-        return int(logits.argmax())
+    def predict(self, said: np.ndarray) -> int:
+        return int(said.argmax())
 
-    def losses(self, logits: np.ndarray, example: Example, gold: int) -> np.ndarray:
-        return -log_softmax(logits)[[gold]]
+    def losses(self, said: np.ndarray, gold: int) -> np.ndarray:
+        return -log_softmax(said)[[gold]]
 
-    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
-        shares = np.exp(log_softmax(logits)).tolist()
+    def describe(self, said: np.ndarray) -> dict[str, Any]:
+        shares = np.exp(log_softmax(said)).tolist()
         return {
-            "prediction": self.labels[self.predict(logits, example)],
+            "prediction": self.labels[self.predict(said)],
             "probabilities": dict(zip(self.labels, shares, strict=True)),
         }
 
@@ -305,19 +389,19 @@ class MultiLabel(Task):
             found.append(np.isin(np.arange(len(self.labels)), [self._index[n] for n in names]))
         return found
 
-    def target(self, gold: np.ndarray) -> np.ndarray:
-        return gold.astype(np.float32)
+    def targets(self, example: Example, gold: np.ndarray) -> Example:
+        return {"labels": gold.astype(np.float32)}
 
-    def predict(self, logits: np.ndarray, example: Example) -> np.ndarray:
-        return logits > 0
+    def predict(self, said: np.ndarray) -> np.ndarray:
+        return said > 0
 
-    def losses(self, logits: np.ndarray, example: Example, gold: np.ndarray) -> np.ndarray:
-        return np.logaddexp(0, np.where(gold, -logits, logits).astype(np.float64))
+    def losses(self, said: np.ndarray, gold: np.ndarray) -> np.ndarray:
+        return np.logaddexp(0, np.where(gold, -said, said).astype(np.float64))
 
-    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
-        shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    def describe(self, said: np.ndarray) -> dict[str, Any]:
+        shares = 1 / (1 + np.exp(-said.astype(np.float64)))
         return {
-            "prediction": self.told(self.predict(logits, example)),
+            "prediction": self.told(self.predict(said)),
             "probabilities": dict(zip(self.labels, shares.tolist(), strict=True)),
         }
 
@@ -374,14 +458,14 @@ class Regression(Task):
                 )
         return [float(value) for value in values]
 
-    def predict(self, logits: np.ndarray, example: Example) -> float:
-        return float(logits[0])
+    def predict(self, said: np.ndarray) -> float:
+        return float(said[0])
 
-    def losses(self, logits: np.ndarray, example: Example, gold: float) -> np.ndarray:
-        return (logits.astype(np.float64) - gold) ** 2
+    def losses(self, said: np.ndarray, gold: float) -> np.ndarray:
+        return (said.astype(np.float64) - gold) ** 2
 
-    def describe(self, logits: np.ndarray, example: Example) -> dict[str, Any]:
-        return {"prediction": self.predict(logits, example)}
+    def describe(self, said: np.ndarray) -> dict[str, Any]:
+        return {"prediction": self.predict(said)}
 
     def told(self, gold: float) -> float:
         return gold
@@ -421,16 +505,19 @@ def task_from_config(config: PreTrainedConfig) -> Task:
     Raises:
         InputError: a head of another kind, or none.
     """
+    from .answering import Answering
     from .tagging import Tagging
 
     head = (config.architectures or ["none"])[0]
     labels = [config.id2label[i] for i in range(config.num_labels)]
     if head == Tagging.head:
         return Tagging(labels)
+    if head == Answering.head:
+        return Answering([])
     if head != Task.head:
+        heads = " or ".join((Task.head, Tagging.head, Answering.head))
         raise InputError(
-            f"expected a checkpoint with a {Task.head} or a {Tagging.head}, got a {head}; "
-            "fastbert finetune trains one"
+            f"expected a checkpoint with a {heads}, got a {head}; fastbert finetune trains one"
         )
     if config.problem_type == "multi_label_classification":
         return MultiLabel(labels)

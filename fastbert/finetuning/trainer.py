@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..training.batches import BatchStream
 from ..training.trainer import RunTrainer
-from .predicting import logits_of
+from .predicting import logits_of, said_of
 from .tasks import Example, Task
 
 __all__ = ["FinetuningTrainer", "RowBatches"]
@@ -60,15 +60,24 @@ class FinetuningTrainer(RunTrainer):
         gold: list[Any],
         **options: Any,
     ):
-        super().__init__(*args, evaluates=True, **options)
+        own = self._loss if task.has_own_loss else None
+        super().__init__(*args, evaluates=True, compute_loss_func=own, **options)
         self.task, self.dev, self.gold, self.best = task, dev, gold, task.best
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self._bounds = inputs["cu_seq_lens_q"]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        return self.task.loss(outputs, labels, self._bounds) / count
+
     def count(self, inputs: dict[str, Any], outputs: Any) -> list[Tensor]:
-        labels, logits = inputs["labels"], outputs["logits"]
+        labels = inputs["labels"]
         has = labels != _IGNORED
-        if labels.is_floating_point():  # of numbers, or of several labels
+        if labels.is_floating_point() or "logits" not in outputs:
             return [has.sum()]
-        return [has.sum(), ((logits.argmax(-1) == labels) & has).sum()]
+        return [has.sum(), ((outputs["logits"].argmax(-1) == labels) & has).sum()]
 
     def told(self, counts: list[int]) -> dict[str, float]:
         labelled, *right = counts
@@ -77,12 +86,12 @@ class FinetuningTrainer(RunTrainer):
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Loss and metrics on the rows of dev, of all processes."""
-        found = []
         share = {"rank": self.args.process_index, "world_size": self.args.world_size}
-        for i, logits in logits_of(model, self.task, self.dev, self.args.device, **share):
-            losses = self.task.losses(logits, self.dev[i], self.gold[i])
-            found.append((i, (self.task.predict(logits, self.dev[i]), losses)))
-        said = dict(gather_object(found))
-        predictions, losses = zip(*(said[i] for i in range(len(self.dev))), strict=True)
-        loss = float(np.concatenate(losses).mean())
-        return {"loss": loss, **self.task.score([*predictions], self.gold)}
+        mine = [*logits_of(model, self.task, self.dev, self.args.device, **share)]
+        said = said_of(self.task, dict(gather_object(mine)), self.dev)
+        losses = [self.task.losses(*pair) for pair in zip(said, self.gold, strict=True)]
+        predictions = [*map(self.task.predict, said)]
+        return {
+            "loss": float(np.concatenate(losses).mean()),
+            **self.task.score(predictions, self.gold),
+        }

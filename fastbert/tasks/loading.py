@@ -36,6 +36,7 @@ __all__ = [
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NOT_NEEDED = ("pooler.",)  # a head that a checkpoint may lack where a job does not use it
+_HEADS = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")  # new ones may be trained
 
 
 def minilm_folder() -> Path | None:
@@ -154,7 +155,7 @@ def load_for_training(
             output_loading_info=True,
             **kwargs,
         )
-    _check_complete(report, class_name, source, ("cls.", "classifier.", "bert.pooler."))
+    _check_complete(report, class_name, source, _HEADS)
     return model, sorted(report["missing_keys"])
 
 

@@ -139,7 +139,8 @@ class RunTrainer(Trainer, ABC):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # A copy: with compute_loss_func it takes the labels out.
+        loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         self._noted.append(torch.stack([tokens, *self.count(inputs, outputs)]))
         return (loss, outputs) if return_outputs else loss
