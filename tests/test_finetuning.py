@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,54 @@ def test_a_finished_run_and_what_changed(finetune, tmp_path):
         finetune(seed=1)
     with pytest.raises(InputError, match=r"train was '\w+' and is '\w+'"):
         finetune(rows=rows_of("classification", 64, seed=5))
+
+
+@pytest.mark.slow
+def test_low_rank_updates(finetune, request_for, tmp_path):
+    """Layers stay; what is saved is the plain model that updates and layers come to; resume too."""
+    prepared = prepare(request_for(lora=4))
+    trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained) and trained
+    options = {"lora": 4, "epochs": 16, "learning_rate": 2e-2}
+    whole = finetune(output="whole", **options)
+    assert whole.scores["accuracy"] > 0.9
+    with pytest.raises(SystemExit):
+        finetune(output="parts", callbacks=[At(7)], **options)
+    parts = finetune(output="parts", **options)
+    assert whole._replace(overhead=None) == parts._replace(overhead=None)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "whole/best")
+    assert not any("lora" in name for name in model.state_dict())
+    before = prepared.model.get_base_model().bert.embeddings.word_embeddings.weight
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, before)
+
+
+def test_frozen_layers_stay(request_for, finetune, tmp_path):
+    from safetensors.torch import load_file
+
+    prepared = prepare(request_for(freeze=1, epochs=1))
+    before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+    prepared.train()
+    after = load_file(tmp_path / "run/final/model.safetensors")
+    same = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert {name for name in after if name.startswith(("bert.emb", "bert.encoder.layer.0"))} == same
+    with pytest.raises(InputError, match=r"--freeze of at most 2.* got 3"):
+        prepare(request_for(freeze=3))
+    with pytest.raises(InputError, match="got both"):
+        prepare(request_for(freeze=1, lora=1))
+
+
+def test_balance_and_smoothing(request_for):
+    rows = [*rows_of("classification", 12), *rows_of("classification", 40)[1::2]]  # 6 and 26
+    task = prepare(request_for(rows=rows, balance=True, label_smoothing=0.2)).task
+    logits, labels = torch.randn(9, 2), torch.randint(0, 2, (9,))
+    loss = task.loss(SimpleNamespace(logits=logits), labels, None)
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, torch.tensor([32 / 12, 32 / 52]), reduction="sum", label_smoothing=0.2
+    )
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(InputError, match="with classification, got them with regression"):
+        prepare(request_for("regression", balance=True))
 
 
 @pytest.mark.slow

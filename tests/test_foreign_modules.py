@@ -14,6 +14,7 @@ from torch import nn
 import fastbert
 from fastbert.families import known
 from fastbert.families.bert_obstacle import obstacle
+from fastbert.training import PackedCollator
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 REAL = RIGHT.bool()
@@ -176,6 +177,50 @@ def test_a_replaced_pooler_sees_the_whole_batch(make, mask, caplog):
     assert obstacle(ours) is None
     if mask is not None:
         assert not actual[0][0][~mask.bool()].any()  # what is returned has zeros as ever
+
+
+def packed(model):
+    examples = [{"input_ids": list(range(5, 5 + n))} for n in (5, 9, 3)]
+    return PackedCollator(model)(examples)
+
+
+@pytest.mark.usefixtures("on_torch")
+@pytest.mark.parametrize(
+    "module", ["bert.embeddings", "bert.encoder.layer.0.attention.self", "bert.encoder.layer.1",
+               "bert.pooler"],
+)  # fmt: skip
+def test_packed_sequences_never_attend_to_each_other(module):
+    """What runs transformers' own code refuses them, and takes one alone."""
+    _, ours = pair("BertForSequenceClassification")
+    hook = ours.get_submodule(module).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"3 packed sequences .* has a hook.*pass a padded batch"):
+        ours(**packed(ours))
+    one = PackedCollator(ours)([{"input_ids": [5, 6, 7]}])
+    watched = ours(**one).logits
+    hook.remove()
+    torch.testing.assert_close(ours(**one).logits, watched, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("on_torch")
+def test_packed_sequences_and_a_pooler_that_is_not_known():
+    _, ours = pair("BertForSequenceClassification")
+    ours.bert.pooler = MeanPool()
+    with pytest.raises(ValueError, match=r"own pooler for packed .*, got a MeanPool.*for one"):
+        ours(**packed(ours))
+
+
+@pytest.mark.usefixtures("on_torch")
+def test_a_pooler_that_peft_trains_whole_is_known(caplog):
+    peft = pytest.importorskip("peft")
+    _, ours = pair("BertForSequenceClassification")
+    expected = ours(**packed(ours)).logits
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler", "classifier"])
+    model = peft.get_peft_model(ours, config).eval()
+    torch.testing.assert_close(model(**packed(model)).logits, expected)
+    with torch.no_grad():
+        model.base_model.model.bert.pooler.modules_to_save["default"].dense.bias.add_(1.0)
+    assert (model(**packed(model)).logits - expected).abs().max() > 0.01
+    assert "a pooler that it does not know" not in caplog.text
 
 
 LABELS = {

@@ -50,6 +50,18 @@ def command(
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=0.99, help="Default: that of the model.")
     ] = None,
+    freeze: Annotated[
+        int | None, typer.Option(min=0, help="Embeddings and so many layers stay as they are.")
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Rank of updates to layers that stay as they are.")
+    ] = None,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Rare classes weigh as much as frequent ones.")
+    ] = False,
+    label_smoothing: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the target for all classes.")
+    ] = 0.0,
     dev_share: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Of TRAIN, where DEV is not given.")
     ] = 0.1,
@@ -101,6 +113,10 @@ def command(
             weight_decay=weight_decay,
             warmup=warmup,
             dropout=dropout,
+            freeze=freeze,
+            lora=lora,
+            balance=balance,
+            label_smoothing=label_smoothing,
             dev_share=dev_share,
             test_share=test_share,
             patience=patience,

@@ -1,4 +1,4 @@
-"""``fastbert predict``, ``evaluate``, ``classify`` and ``answer``: what a checkpoint with a head says."""
+"""``fastbert predict``, ``evaluate``, ``classify``, ``answer``: what checkpoints with heads say."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from ..encoder import LayerWeights, encode_layer, encode_layers
 from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
-from .bert_inputs import check_inputs, embed_rows, make_batch
+from .bert_inputs import check_inputs, embed_rows, make_batch, refuse_packed
 from .bert_obstacle import call_obstacle, examine, say_once
 from .bert_plan import plan_of
 from .drop_in import DropIn, twin
@@ -282,6 +282,7 @@ class BertModel(DropIn, hf.BertModel):
             found = examine(self)
             reason = call_obstacle(kwargs) or found.reason
         if reason is not None:
+            refuse_packed(self, kwargs, reason)
             say_once(f"runs transformers' own code for this call: {reason}")
             return_dict = kwargs.pop("return_dict", None)
             output = super().forward(
@@ -317,6 +318,12 @@ class BertModel(DropIn, hf.BertModel):
         batch = make_batch(
             self, x, attention_mask, position_ids, kwargs, keep_padding=keep_padding or foreign
         )
+        packed = isinstance(batch, PackedBatch) and len(batch.lengths) != batch.padded_shape[0]
+        if foreign and packed:
+            raise ValueError(
+                f"{type(self).__name__}: expected transformers' own pooler for packed sequences, "
+                f"got a {kind}, which would take them for one; pass a padded batch"
+            )
         call = Call(
             batch,
             keep_padding,

@@ -125,6 +125,23 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
+def refuse_packed(model: hf.BertModel, kwargs: dict[str, Any], reason: str) -> None:
+    """Keep packed sequences from transformers' own code, which would take them for one.
+
+    Raises:
+        ValueError: there are some, and its attention does not know ``cu_seq_lens_q``.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    implementation = model.config._attn_implementation or ""
+    if bounds is None or bounds.numel() <= 2 or implementation.startswith("flash_attention"):
+        return
+    raise ValueError(
+        f"BertModel: expected a model that can take the {bounds.numel() - 1} packed sequences of "
+        f"cu_seq_lens_q, got one that runs transformers' own code ({reason}), whose "
+        f"{implementation} attention would let them attend to each other; pass a padded batch"
+    )
+
+
 def _packed_lengths(
     model: hf.BertModel,
     shape: tuple[int, int],

@@ -120,12 +120,7 @@ def _look(model: hf.BertModel) -> Found:
     if looked is not None and looked.still(model):
         return looked.found
     reason, pooler = _module_obstacle(model), model.pooler
-    pools_rows = (
-        pooler is not None
-        and known.untouched(pooler, hf.BertPooler)
-        and known.row_wise(pooler.dense)
-        and known.row_wise(pooler.activation)
-    )
+    pools_rows = pooler is not None and _pools_rows(pooler)
     layers = [] if reason is not None else map(known.unwrapped, model.encoder.layer)
     found = Found(
         reason, pools_rows, [(layer.__dict__, layer.attention.self.__dict__) for layer in layers]
@@ -135,6 +130,18 @@ def _look(model: hf.BertModel) -> Found:
         if looked.still(model):
             model.__dict__[_LOOKED] = looked
     return found
+
+
+def _pools_rows(pooler: nn.Module) -> bool:
+    """Whether a pooler looks at the first row alone: BERT's, or PEFT's choice of such ones."""
+    copies = known.copies(pooler)
+    if copies is not None:
+        return all(map(_pools_rows, copies))
+    return (
+        known.untouched(pooler, hf.BertPooler)
+        and known.row_wise(pooler.dense)
+        and known.row_wise(pooler.activation)
+    )
 
 
 def _watched_by_all() -> str | None:

@@ -24,6 +24,7 @@ from transformers.models.bert import modeling_bert as hf
 
 __all__ = [
     "Looked",
+    "copies",
     "is_own",
     "own_forward",
     "patched",
@@ -140,6 +141,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     ):
         module = module._checkpoint_wrapped_module
     return module
+
+
+def copies(module: nn.Module) -> list[nn.Module] | None:
+    """What PEFT's wrapper for modules that are trained whole chooses from; None for another one."""
+    if type(module).__name__ != "ModulesToSaveWrapper" or "forward" in module.__dict__:
+        return None
+    if not type(module).__module__.startswith("peft.") or user_hook(module):
+        return None
+    return [module.original_module, *module.modules_to_save.values()]
 
 
 def untouched(module: nn.Module, base: type) -> bool:

@@ -30,6 +30,7 @@ from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
 from ..training.sampling import TokenBudgetSampler
 from .answering import Answering
+from .partly import partly
 from .predicting import Predictor, logits_of, said_of
 from .report import DataReport, Verdict, report_on
 from .table import Splits, Table, read_table, split_off
@@ -59,6 +60,10 @@ class Request:
         max_length: tokens of an example at most.
         long: what becomes of a longer row, ``"cut"`` or ``"windows"``: several examples.
         dropout: of every layer and the head; None for what the checkpoint has.
+        freeze: layers that stay as they are, from the first on, and the embeddings with them.
+        lora: rank of the updates to all products of the layers, which stay as they are otherwise.
+        balance: rare classes weigh as much as frequent ones in the loss.
+        label_smoothing: share of the target that is spread over all classes.
         dev_share, test_share: of the rows, where no file is given; no test without a share.
         patience: evaluations without gain that end the run; 0 for never.
     """
@@ -78,6 +83,10 @@ class Request:
     weight_decay: float = 0.01
     warmup: float = 0.06
     dropout: float | None = None
+    freeze: int | None = None
+    lora: int | None = None
+    balance: bool = False
+    label_smoothing: float = 0.0
     dev_share: float = 0.1
     test_share: float = 0.0
     patience: int = 2
@@ -134,6 +143,13 @@ def prepare(request: Request) -> Finetuning:
     ]
     given = [table for table in tables if table is not None]
     task = task_of(given[0], request.task).of(*given)
+    if request.balance or request.label_smoothing:
+        if not isinstance(task, Classification):
+            raise InputError(
+                "expected --balance and --label-smoothing with classification, got them with "
+                f"{task.name}"
+            )
+        task.weigh(given[0], balance=request.balance, smoothing=request.label_smoothing)
     for table in given:  # before rows are split off, and have other numbers
         task.check(table)
         task.gold(table)
@@ -192,7 +208,9 @@ class Finetuning:
         new: list[str],
     ):
         self.request, self.processes, self.splits, self.task = request, processes, splits, task
-        self.tokenizer, self.model, self.new = tokenizer, model, new
+        self.tokenizer, self.new = tokenizer, new
+        self.digest = weights_digest(model, without=new)
+        self.model = partly(model, request.freeze, request.lora, request.seed)
         self.windows = request.long == "windows"
         self.gold = {name: task.gold(t) for name, t in self._tables().items()}
         self.examples, self.cut = {}, {}
@@ -251,7 +269,7 @@ class Finetuning:
             "labels": self.task.labels,
             "steps": self.steps,
             **{name: table.digest() for name, table in self._tables().items()},
-            "model": weights_digest(self.model, without=self.new),
+            "model": self.digest,
             "world_size": self.processes.count,
             **{f"_{name}": getattr(self.request, name) for name in told},
             "_machine": machine_facts(self.processes.device.type),

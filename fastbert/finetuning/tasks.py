@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -293,6 +295,8 @@ class Classification(Task):
     """One of several classes for a text, or for a pair of texts."""
 
     name, best = "classification", "accuracy"
+    _weights: Tensor | None = None
+    _smoothing = 0.0
 
     @classmethod
     def of(cls, *tables: Table) -> Classification:
@@ -306,6 +310,26 @@ class Classification(Task):
 
     def gold(self, table: Table) -> list[int]:
         return self._indices(_one_by_one(_column(table, "label"), table, "label"), table)
+
+    def weigh(self, table: Table, *, balance: bool, smoothing: float) -> None:
+        """Change the loss of training.
+
+        Args:
+            balance: every class of ``table`` weighs as much as any other.
+            smoothing: share of the target that is spread over all classes.
+        """
+        self.has_own_loss, self._smoothing = True, smoothing
+        if balance:
+            counts = np.bincount(self.gold(table), minlength=len(self.labels))
+            weights = len(table) / np.maximum(counts, 1) / (counts > 0).sum()
+            self._weights = torch.tensor(weights, dtype=torch.float32)
+
+    def loss(self, outputs: ModelOutput, labels: Tensor, bounds: Tensor) -> Tensor:
+        weights = None if self._weights is None else self._weights.to(labels.device)
+        return F.cross_entropy(
+            outputs.logits.float(), labels, weights, label_smoothing=self._smoothing,
+            reduction="sum",
+        )  # fmt: skip
 
     def _indices(self, names: list[str], table: Table) -> list[int]:
         for row, name in enumerate(names, 1):

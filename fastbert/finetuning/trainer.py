@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..training.batches import BatchStream
 from ..training.trainer import RunTrainer
+from .partly import save_merged
 from .predicting import logits_of, said_of
 from .tasks import Example, Task
 
@@ -67,6 +68,14 @@ class FinetuningTrainer(RunTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         self._bounds = inputs["cu_seq_lens_q"]
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def save_whole(self, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "merge_and_unload"):
+            super().save_whole(folder)
+        elif self.is_world_process_zero():
+            save_merged(model, folder)
+            self.processing_class.save_pretrained(folder)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch

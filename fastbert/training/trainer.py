@@ -200,6 +200,10 @@ class RunTrainer(Trainer, ABC):
         if self.patience is not None and since >= self.patience:
             self.control.should_training_stop = True
 
+    def save_whole(self, folder: str) -> None:
+        """Write the model for others, as transformers saves it."""
+        self.save_model(folder)
+
     def save_to(self, name: str, add: Callable[[Path], object] | None = None) -> None:
         """Save the model in the folder of the run; ``add`` puts more beside it."""
         with writing_in(self.run.path):
@@ -208,7 +212,7 @@ class RunTrainer(Trainer, ABC):
     def _publish(self, name: str, add: Callable[[Path], object] | None) -> None:
         new = self.run.new(name)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(new))
+        self.save_whole(str(new))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to users

@@ -1,0 +1,67 @@
+"""Training a part of a model: frozen layers, low-rank updates."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..tasks.errors import InputError, LoadError
+
+__all__ = ["partly", "save_merged"]
+
+_PRODUCTS = ["query", "key", "value", "dense"]  # of BERT's layers
+_HEADS = ("classifier", "qa_outputs")
+
+
+def partly(
+    model: PreTrainedModel, freeze: int | None, lora: int | None, seed: int
+) -> PreTrainedModel:
+    """The model, of which only a part is trained.
+
+    Args:
+        freeze: the embeddings and so many layers stay as they are; None for nothing.
+        lora: rank of the updates that all products of the layers get (Hu et al., 2106.09685), by
+            PEFT, beside a head that is trained whole; None for none.
+        seed: of the updates.
+
+    Raises:
+        InputError: more layers than there are, or both.
+        LoadError: PEFT is not installed.
+    """
+    if freeze is not None and lora is not None:
+        raise InputError("expected --freeze or --lora, got both; LoRA leaves all layers frozen")
+    if freeze is not None:
+        layers = model.base_model.encoder.layer
+        if freeze > len(layers):
+            raise InputError(
+                f"expected --freeze of at most {len(layers)}, the layers of the model, got {freeze}"
+            )
+        for part in (model.base_model.embeddings, *layers[:freeze]):
+            part.requires_grad_(False)
+    if lora is None:
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise LoadError(f"--lora needs PEFT ({error}): pip install peft") from error
+    heads = [name for name in _HEADS if hasattr(model, name)]
+    if getattr(model.base_model, "pooler", None) is not None:
+        heads.append("pooler")
+    config = peft.LoraConfig(
+        r=lora,
+        lora_alpha=2 * lora,
+        target_modules=rf".*encoder\.layer\..*\.({'|'.join(_PRODUCTS)})",
+        modules_to_save=heads,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def save_merged(model: nn.Module, folder: Path | str) -> None:
+    """A model with low-rank updates as the plain one that it is equal to."""
+    copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
