@@ -6,6 +6,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -215,6 +218,36 @@ def test_a_finished_run_and_what_changed(finetune, tmp_path):
         finetune(seed=1)
     with pytest.raises(InputError, match=r"train was '\w+' and is '\w+'"):
         finetune(rows=rows_of("classification", 64, seed=5))
+
+
+PROGRAM = """
+import sys
+from fastbert.finetuning.finetune import Request, prepare
+
+print(prepare(Request(**eval(sys.argv[1]))).train())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(request_for, tmp_path):
+    """A pass of each is two of one; dev is shared out. Without dropout, which each draws for
+    itself."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    said = []
+    for count in (1, 2):
+        request = request_for(output=str(count), dropout=0.0, batch_size=16, device_tokens=100)
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+             "--standalone", str(tmp_path / "program.py"), repr(asdict(request))],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        said += done.stdout.splitlines()
+    assert len(said) == 3 and len(set(said)) == 1, "all say the same"
+    for mine, theirs in zip(*(metrics_of(tmp_path / name) for name in "12"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import transformers
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import fastbert
 
 from ..benchmarks.results import machine_facts
 from ..tasks.errors import InputError, LoadError
-from ..tasks.loading import load_for_training, load_tokenizer, weights_digest
+from ..tasks.loading import load_config, load_for_training, load_tokenizer, weights_digest
 from ..training.collating import PackedCollator
 from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
@@ -179,11 +179,8 @@ def _model(request: Request, task: Task) -> tuple[PreTrainedModel, list[str]]:
     if request.dropout is not None:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         options |= dict.fromkeys(names, request.dropout)
-    try:
-        before = AutoConfig.from_pretrained(request.model)
-    except Exception:
-        before = None  # loading says what is wrong with it
-    if before is not None and before.architectures == [task.head]:
+    before = load_config(request.model)
+    if before.architectures == [task.head]:
         has = [before.id2label[i] for i in range(before.num_labels)]
         if before.num_labels != (len(task.labels) or 1) or (task.labels and has != task.labels):
             raise LoadError(
@@ -213,12 +210,13 @@ class Finetuning:
         self.model = partly(model, request.freeze, request.lora, request.seed)
         self.windows = request.long == "windows"
         self.gold = {name: task.gold(t) for name, t in self._tables().items()}
-        self.examples, self.cut = {}, {}
-        for name, table in self._tables().items():
-            found = task.encode(table, tokenizer, request.max_length, windows=self.windows)
-            self.examples[name], longer = found
-            self.cut[name] = 0 if self.windows else longer
-        self.data = task.with_labels(self.examples["train"], self.gold["train"])
+        encoded = {
+            name: task.encode(table, tokenizer, request.max_length, windows=self.windows)
+            for name, table in self._tables().items()
+        }
+        self.cut = {name: 0 if self.windows else cut for name, (_, cut) in encoded.items()}
+        self.dev = encoded["dev"][0]
+        self.data = task.with_labels(encoded["train"][0], self.gold["train"])
         self.lengths = np.array([len(example["input_ids"]) for example in self.data])
         # So many rows on average; a longest one has to fit.
         wanted = max(round(request.batch_size * self.lengths.mean()), self.lengths.max())
@@ -251,9 +249,8 @@ class Finetuning:
         if self._untrained is None:
             device = self.processes.device
             model = self.model.to(device).eval()
-            examples = self.examples["dev"]
-            logits = dict(logits_of(model, self.task, examples, device))
-            predictions = map(self.task.predict, said_of(self.task, logits, examples))
+            logits = dict(logits_of(model, self.task, self.dev, device))
+            predictions = map(self.task.predict, said_of(self.task, logits, self.dev))
             self._untrained = self.task.score([*predictions], self.gold["dev"])
         return self._untrained[self.task.best]
 
@@ -325,7 +322,7 @@ class Finetuning:
             data_collator=PackedCollator(self.model, labels=self.task.labels_of),
             batches=RowBatches(self.lengths, self.pass_tokens, count, seed=request.seed, **share),
             task=self.task,
-            dev=self.examples["dev"],
+            dev=self.dev,
             gold=self.gold["dev"],
             run=run,
             patience=request.patience or None,

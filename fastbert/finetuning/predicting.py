@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.durable import to_disk
 from ..tasks.errors import InputError, LoadError, OutputError
-from ..tasks.loading import load_model, load_tokenizer
+from ..tasks.loading import load_config, load_model, load_tokenizer
 from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
 from .table import Table
@@ -91,7 +91,7 @@ class Predictor:
     ):
         self.device, self.windows = device, windows
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
-        config = AutoConfig.from_pretrained(source)
+        config = load_config(source)
         self.task = task_from_config(config)
         known = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         if max_length is not None and max_length > config.max_position_embeddings:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 import fastbert
@@ -98,6 +105,16 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"expected a tokenizer in {str(source)!r}, got none that can be read "
             f"({_first_line(error)})"
         ) from error
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint of a BERT.
+
+    Raises:
+        LoadError: as `load_model`.
+    """
+    with _loading(source, allow_pickle=False):
+        return AutoConfig.from_pretrained(source)
 
 
 def load_model(
