@@ -376,8 +376,13 @@ def test_models_that_do_not_fit(finetune, request_for, tmp_path):
     rows = [{"text": "a city", "label": name} for name in ("one", "two", "three")] * 4
     with pytest.raises(LoadError, match="the labels one, three, two, got one for north, south"):
         prepare(request_for(rows=rows, model=str(tmp_path / "run/best")))
+    with pytest.raises(LoadError, match="the labels of a regression, got one for north, south"):
+        prepare(request_for("regression", model=str(tmp_path / "run/best")))
     again = prepare(request_for(model=str(tmp_path / "run/best")))
     assert again.new == [], "the head is there"
+    for kind in ("regression", "tagging", "answering"):
+        finetune(kind, output=kind, epochs=1)
+        assert prepare(request_for(kind, model=str(tmp_path / kind / "best"))).new == []
     with pytest.raises(LoadError, match="nowhere"):
         prepare(request_for(model="/nowhere"))
 

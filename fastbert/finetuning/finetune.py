@@ -115,11 +115,10 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
     texts = "text" in columns or {"text_a", "text_b"} <= columns
     if texts and "labels" in columns:
         return MultiLabel
-    if texts and ("score" in columns or isinstance(table.column("label")[0], float)
-                  if columns & {"score", "label"} else False):  # fmt: skip
+    if texts and "score" in columns:
         return Regression
     if texts and "label" in columns:
-        return Classification
+        return Regression if isinstance(table.column("label")[0], float) else Classification
     raise InputError(
         f"expected columns of a task in {table.name!r}: text (or text_a and text_b) with label, "
         "labels or score, tokens with tags, or question, context and answers; got "
@@ -180,9 +179,9 @@ def _model(request: Request, task: Task) -> tuple[PreTrainedModel, list[str]]:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         options |= dict.fromkeys(names, request.dropout)
     before = load_config(request.model)
-    if before.architectures == [task.head]:
+    if before.architectures == [task.head] and not isinstance(task, Answering):
         has = [before.id2label[i] for i in range(before.num_labels)]
-        if before.num_labels != (len(task.labels) or 1) or (task.labels and has != task.labels):
+        if has != task.labels if task.labels else len(has) != 1:
             raise LoadError(
                 f"expected a model for the labels {', '.join(task.labels) or 'of a regression'}, "
                 f"got one for {', '.join(has)} in {request.model!r}; begin with the checkpoint "
