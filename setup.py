@@ -16,6 +16,7 @@ TRAIN = [
     "accelerate>=1.1",
     "datasets>=5",
     "filelock>=3.16",
+    "matplotlib>=3.9",
     "psutil>=5.9",
     "scikit-learn>=1.5",
     "sentencex>=1",

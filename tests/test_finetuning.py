@@ -2,6 +2,7 @@
 process changes anything."""
 
 import csv
+import html
 import json
 import os
 import random
@@ -149,6 +150,10 @@ def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
             assert transformers.pipeline(pipeline, model=str(run / folder))("paris is in france")
     card = (run / "final" / "README.md").read_text()
     assert str(verdict) in card and f"pipeline_tag: {pipeline or 'question-answering'}" in card
+    page = (run / "report.html").read_text("utf-8")
+    assert html.escape(str(verdict)) in page and "best model" in page
+    assert "<script" not in page and "src=" not in page and 'href="http' not in page
+    assert ("What is taken for what" in page) == (task in ("classification", "pairs"))
     evaluated = [line for line in metrics_of(run) if f"eval_{verdict.metric}" in line]
     assert [line["step"] for line in evaluated][:2] == [0, -(-verdict.steps // 16)]
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import fastbert
 
 from ..benchmarks.results import machine_facts
+from ..tasks.durable import write_text
 from ..tasks.errors import InputError, LoadError
 from ..tasks.loading import load_config, load_for_training, load_tokenizer, weights_digest
 from ..training.collating import PackedCollator
@@ -30,6 +31,7 @@ from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
 from ..training.sampling import TokenBudgetSampler
 from .answering import Answering
+from .page import page_of
 from .partly import partly
 from .predicting import Predictor, logits_of, said_of
 from .report import DataReport, Verdict, report_on
@@ -341,13 +343,11 @@ class Finetuning:
         table = self._tables()[split]
         predictions, described, _ = predictor(table)
         gold, metric = self.gold[split], f"eval_{self.task.best}"
-        if self.processes.is_main:
-            _write_predictions(run, self.task, described, gold)
         lines = run.metrics()
         found = [line for line in lines if metric in line]
         best = max(found, key=lambda line: (line[metric], -line["eval_loss"]))
         said, said_rows = self.task.baseline(self.gold["train"], gold)
-        return Verdict(
+        verdict = Verdict(
             split=split,
             rows=len(table),
             metric=self.task.best,
@@ -360,6 +360,13 @@ class Finetuning:
             overfits=_overfits(lines),
             overhead=overhead,
         )
+        if self.processes.is_main:
+            with writing_in(run.path):
+                _write_predictions(run, self.task, described, gold)
+                confusion = self.task.confusion(predictions, gold)
+                page = page_of(run.path.name, self.task, self.report(), verdict, lines, confusion)
+                write_text(run.path / "report.html", page)
+        return verdict
 
     def _describe(self, folder: Path, verdict: Verdict) -> None:
         pipelines = {"tagging": "token-classification", "answering": "question-answering"}
@@ -397,10 +404,7 @@ def _overfits(lines: list[dict[str, Any]]) -> tuple[int, float, float] | None:
 def _write_predictions(
     run: RunFolder, task: Task, described: list[dict[str, Any]], gold: list[Any]
 ) -> None:
-    new = run.path / "predictions.jsonl.new"
-    with writing_in(run.path):
-        with new.open("w", encoding="utf-8") as file:
-            for row, (said, right) in enumerate(zip(described, gold, strict=True), 1):
-                line = {"row": row, **said, "label": task.told(right)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        new.replace(run.path / "predictions.jsonl")
+    rows = enumerate(zip(described, gold, strict=True), 1)
+    lines = [{"row": row, **said, "label": task.told(right)} for row, (said, right) in rows]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(run.path / "predictions.jsonl", text)

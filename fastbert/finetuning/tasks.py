@@ -216,6 +216,10 @@ class Task(ABC):
         """Precision, recall, F1 and support of each class."""
         return []
 
+    def confusion(self, predictions: list[Any], gold: list[Any]) -> np.ndarray | None:
+        """``[C, C]``, how often a class (row) was taken for another; None where that is nothing."""
+        return None
+
 
 def _text_columns(table: Table) -> tuple[str, ...]:
     """The columns of the first and, in a table of pairs, the second texts.
@@ -370,6 +374,11 @@ class Classification(Task):
 
     def by_class(self, predictions: list[int], gold: list[int]) -> list[dict[str, Any]]:
         return _table_of(gold, predictions, labels=range(len(self.labels)), names=self.labels)
+
+    def confusion(self, predictions: list[int], gold: list[int]) -> np.ndarray:
+        from sklearn.metrics import confusion_matrix
+
+        return confusion_matrix(gold, predictions, labels=range(len(self.labels)))
 
 
 class MultiLabel(Task):

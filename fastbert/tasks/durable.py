@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["REPLACED", "publish", "recover", "remove", "to_disk", "write_json"]
+__all__ = ["REPLACED", "publish", "recover", "remove", "to_disk", "write_json", "write_text"]
 
 REPLACED = ".replaced-"
 
@@ -20,10 +20,15 @@ def to_disk(file) -> None:
 
 
 def write_json(path: Path, value: object, **options) -> None:
-    """Write a file of JSON in place of the one that was there, in one step."""
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, **options))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in place of the one that was there, in one step."""
     new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
-        json.dump(value, file, **options)
+        file.write(text)
         to_disk(file)
     new.replace(path)
 
