@@ -11,7 +11,14 @@ import transformers
 from tiny import tiny_config
 
 import fastbert
-from fastbert.finetuning.answering import Answering, Answers, best_span, exact_match, token_f1
+from fastbert.finetuning.answering import (
+    Answering,
+    Answers,
+    _Said,
+    best_span,
+    exact_match,
+    token_f1,
+)
 from fastbert.finetuning.predicting import Predictor
 from fastbert.finetuning.table import Table, read_table
 from fastbert.finetuning.tagging import Tagging
@@ -131,6 +138,27 @@ def test_windows_are_merged():
     assert (
         task.predict(task.merge(parts)) == "" and task.describe(task.merge(parts))["start"] is None
     )
+
+
+def test_the_threshold_is_the_best_one():
+    """By trying all of them."""
+    draw, task = np.random.default_rng(0), Answering([])
+    for _ in range(20):
+        margins = draw.standard_normal(12)
+        gold = [
+            Answers(("x",), ((0, 1),)) if draw.random() < 0.6 else Answers((), ())
+            for _ in range(12)
+        ]
+        texts = ["x" if draw.random() < 0.7 else "y" for _ in range(12)]
+        said = [
+            _Said(text, 0, 1, margin, 0.0, []) for text, margin in zip(texts, margins, strict=True)
+        ]
+        scores = []
+        for threshold in [-9, *(margins + 1e-9)]:
+            task.threshold = threshold
+            scores.append(task.score([*map(task.predict, said)], gold)["f1"])
+        task.fit(said, gold)
+        assert task.score([*map(task.predict, said)], gold)["f1"] == pytest.approx(max(scores))
 
 
 def test_scores_by_hand():

@@ -140,6 +140,7 @@ def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
     assert [line["row"] for line in lines] == list(range(1, 41))
     assert all(line.keys() >= {"prediction", "label"} for line in lines)
     if task == "answering":
+        assert "no_answer_threshold" in (run / "best/config.json").read_text()
         assert np.mean([line["prediction"] in line["label"] for line in lines]) > 0.8
     elif task != "regression":
         assert np.mean([line["prediction"] == line["label"] for line in lines]) > 0.8

@@ -52,10 +52,30 @@ class Answering(Task):
     name, best = "answering", "f1"
     head, labels_of = "BertForQuestionAnswering", "sequence"
     has_own_loss = True
+    threshold = 0.0  # by which an answer has to beat none
 
     @property
     def config(self) -> dict[str, Any]:
         return {}
+
+    def fit(self, said: list[_Said], gold: list[Answers]) -> None:
+        """Set the threshold at which rows that nothing is learned from have the highest F1."""
+        margins = np.array([one.score - one.none for one in said])
+        answered = np.array(
+            [self._f1(one.text, right) for one, right in zip(said, gold, strict=True)]
+        )
+        silent = np.array([self._f1("", right) for right in gold])
+        order = np.argsort(margins)
+        # With k rows of the lowest margins without an answer.
+        none_below = np.concatenate([[0], np.cumsum(silent[order])])
+        answer_above = answered.sum() - np.concatenate([[0], np.cumsum(answered[order])])
+        k = int((none_below + answer_above).argmax())
+        bounds = np.concatenate([[margins.min() - 1], margins[order], [margins.max() + 1]])
+        self.threshold = float((bounds[k] + bounds[k + 1]) / 2)
+
+    @staticmethod
+    def _f1(said: str, gold: Answers) -> float:
+        return max(token_f1(said, text) for text in gold.texts or ("",))
 
     @classmethod
     def of(cls, *tables: Table) -> Answering:
@@ -132,7 +152,7 @@ class Answering(Task):
         return _Said(text, start, end, score, none, parts)
 
     def predict(self, said: _Said) -> str:
-        return said.text if said.score > said.none else ""
+        return said.text if said.score - said.none > self.threshold else ""
 
     def losses(self, said: _Said, gold: Answers) -> np.ndarray:
         found = []
@@ -158,7 +178,7 @@ class Answering(Task):
     def score(self, predictions: list[str], gold: list[Answers]) -> dict[str, float]:
         pairs = [*zip(predictions, gold, strict=True)]
         return {
-            "f1": float(np.mean([max(token_f1(p, t) for t in g.texts or ("",)) for p, g in pairs])),
+            "f1": float(np.mean([self._f1(p, g) for p, g in pairs])),
             "exact": float(
                 np.mean([max(exact_match(p, t) for t in g.texts or ("",)) for p, g in pairs])
             ),

@@ -340,6 +340,8 @@ class Finetuning:
             max_length=self.request.max_length,
             windows=self.windows,
         )
+        if isinstance(predictor.task, Answering):
+            self._fit_threshold(predictor, run)
         table = self._tables()[split]
         predictions, described, _ = predictor(table)
         gold, metric = self.gold[split], f"eval_{self.task.best}"
@@ -367,6 +369,16 @@ class Finetuning:
                 page = page_of(run.path.name, self.task, self.report(), verdict, lines, confusion)
                 write_text(run.path / "report.html", page)
         return verdict
+
+    def _fit_threshold(self, predictor: Predictor, run: RunFolder) -> None:
+        """By dev, and for good: into the configuration of the best model."""
+        predictor.task.fit(predictor.said(self.splits.dev)[0], self.gold["dev"])
+        if self.processes.is_main:
+            path = run.path / "best" / "config.json"
+            config = json.loads(path.read_text("utf-8"))
+            config["no_answer_threshold"] = predictor.task.threshold
+            with writing_in(run.path):
+                write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _describe(self, folder: Path, verdict: Verdict) -> None:
         pipelines = {"tagging": "token-classification", "answering": "question-answering"}

@@ -106,12 +106,16 @@ class Predictor:
 
     def __call__(self, table: Table) -> tuple[list[Any], list[dict[str, Any]], int]:
         """Predictions for each row, the same as JSON, and how many rows were cut."""
+        said, cut = self.said(table)
+        return [*map(self.task.predict, said)], [*map(self.task.describe, said)], cut
+
+    def said(self, table: Table) -> tuple[list[Any], int]:
+        """What the model says of each row, as `Task.merge`, and how many rows were longer."""
         examples, cut = self.task.encode(
             table, self.tokenizer, self.max_length, windows=self.windows
         )
         logits = dict(logits_of(self.model, self.task, examples, self.device))
-        said = said_of(self.task, logits, examples)
-        return [*map(self.task.predict, said)], [*map(self.task.describe, said)], cut
+        return said_of(self.task, logits, examples), cut
 
 
 class Predicted(NamedTuple):

@@ -546,7 +546,9 @@ def task_from_config(config: PreTrainedConfig) -> Task:
     if head == Tagging.head:
         return Tagging(labels)
     if head == Answering.head:
-        return Answering([])
+        answering = Answering([])
+        answering.threshold = getattr(config, "no_answer_threshold", answering.threshold)
+        return answering
     if head != Task.head:
         heads = " or ".join((Task.head, Tagging.head, Answering.head))
         raise InputError(
