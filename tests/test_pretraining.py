@@ -59,7 +59,11 @@ def pretrain(request_for):
 
 
 class At(transformers.TrainerCallback):
-    """Does something behind a step, once."""
+    """Does something behind a step, once.
+
+    A signal is raised by this thread: one that is sent to the process may be taken by another one,
+    and be noted a step later.
+    """
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -126,7 +130,7 @@ def test_a_run(pretrain, tmp_path):
 def test_tensorboard_shows_each_step_once(pretrain, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with pytest.raises(SystemExit):
-        pretrain(callbacks=[At(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+        pretrain(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGTERM))])
     folder = tmp_path / "run/checkpoints"
     (folder / "step-4").rename(tmp_path / "lost")  # so that step 4 comes twice
     pretrain()
@@ -158,7 +162,7 @@ def test_a_finished_run_is_not_trained_again(pretrain, tmp_path):
 def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, number, step, workers):
     pretrain("whole")
     with pytest.raises(SystemExit) as stop:
-        pretrain("parts", callbacks=[At(step, lambda: os.kill(os.getpid(), number))])
+        pretrain("parts", callbacks=[At(step, lambda: signal.raise_signal(number))])
     assert stop.value.code == 128 + number
     assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == step
     assert not (tmp_path / "parts" / "final").exists()
@@ -168,8 +172,8 @@ def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, number, step, wo
 
 def test_a_second_signal_ends_at_once(pretrain):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(callbacks=[At(2, twice)])
@@ -276,7 +280,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_what_changed_is_refused(pretrain, texts, tmp_path):
     with pytest.raises(SystemExit):
-        pretrain(callbacks=[At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+        pretrain(callbacks=[At(2, lambda: signal.raise_signal(signal.SIGTERM))])
     with pytest.raises(InputError, match=r"learning_rate was None and is 0.1; seed was 0 and is 5"):
         pretrain(seed=5, learning_rate=0.1)
     more = tmp_path / "more.txt"
@@ -451,7 +455,7 @@ def test_two_processes_are_one(pretrain, request_for, tmp_path, monkeypatch, fsd
         "class At(TrainerCallback):\n"
         "    def on_step_end(self, args, state, control, **kwargs):\n"
         "        if os.environ['RANK'] == os.environ['STOPS'] and state.global_step == 4:\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            signal.raise_signal(signal.SIGTERM)\n"
     )
     program = PROGRAM.replace(
         "pretrained = prepare",
