@@ -99,13 +99,36 @@ def test_as_many_labels_as_tokens_by_chance():
         PackedCollator(padded=True, labels="word")
 
 
-def test_answers_are_padded():
-    rows = examples(start_positions=lambda i, n: 0, end_positions=lambda i, n: n - 1)
+def test_answers_are_places_in_their_sequence():
+    """Packed and one by one, by transformers' own class; an end behind the end is ignored."""
+    rows = examples(
+        start_positions=lambda i, n: min(i, n - 1), end_positions=lambda i, n: n - (i != 1)
+    )
     ours = model("BertForQuestionAnswering")
-    batch = PackedCollator(padded=True)(rows)
-    assert batch["end_positions"].tolist() == [8, 3, 11, 0] and ours(**batch).loss > 0
-    with pytest.raises(ValueError, match=r"no start_positions and end_positions .*padded=True"):
-        PackedCollator(ours)(rows)
+    theirs = transformers.BertForQuestionAnswering(ours.config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    packed = PackedCollator(ours)(rows)
+    assert packed["end_positions"].tolist() == [8, 4, 11, 0]
+    losses = {"start_positions": [], "end_positions": []}
+    for row in rows:
+        ids = {k: torch.tensor([row[k]]) for k in ("input_ids", "token_type_ids")}
+        output = theirs(**ids)
+        for name, logits in zip(losses, (output.start_logits, output.end_logits), strict=True):
+            if row[name] < logits.shape[1]:
+                right = torch.tensor([row[name]])
+                losses[name].append(torch.nn.functional.cross_entropy(logits, right))
+    assert [*map(len, losses.values())] == [4, 3]
+    expected = sum(torch.stack(values).mean() for values in losses.values()) / 2
+    torch.testing.assert_close(ours(**packed).loss, expected, atol=1e-6, rtol=1e-5)
+    share = ours(**packed, num_items_in_batch=10).loss
+    torch.testing.assert_close(share, sum(map(sum, losses.values())) / 20, atol=1e-6, rtol=1e-5)
+    few = {name: packed[name][:3] for name in losses}
+    with pytest.raises(
+        ValueError, match="a start and an end for each of 4 packed sequences, got 3"
+    ):
+        ours(**{**packed, **few})
+    padded = PackedCollator(padded=True)(rows)
+    assert torch.equal(padded["end_positions"], packed["end_positions"])
 
 
 def test_padding_that_examples_bring_is_left_out():

@@ -274,13 +274,51 @@ class BertForTokenClassification(DropIn, hf.BertForTokenClassification):
         return output
 
 
+def packed_span_loss(
+    output: QuestionAnsweringModelOutput,
+    labels: Tensor,
+    bounds: Tensor,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """transformers' loss of starts and ends, each over the tokens of its own packed sequence.
+
+    Args:
+        output: logits ``[1, T]``.
+        labels: ``[B, 2]``, start and end as places in the sequence; one behind its end is ignored.
+        bounds: ``[B + 1]``, where sequences begin and end.
+        num_items: what each sum is divided by, instead of the number that is not ignored.
+
+    Raises:
+        ValueError: another number of labels than of sequences.
+    """
+    lengths = bounds.diff()
+    if labels.shape != (len(lengths), 2):
+        raise ValueError(
+            f"BertForQuestionAnswering: expected a start and an end for each of {len(lengths)} "
+            f"packed sequences, got {labels.shape[0]}"
+        )
+    device = output.start_logits.device
+    labels = labels.to(device).clamp(min=0)
+    labels = labels.masked_fill(labels >= lengths[:, None].to(device), -100)
+    losses = []
+    for logits, right in zip(
+        (output.start_logits, output.end_logits), labels.unbind(1), strict=True
+    ):
+        parts = logits[0].float().split(lengths.tolist())
+        padded = nn.utils.rnn.pad_sequence(parts, True, float("-inf"))
+        total = F.cross_entropy(padded, right, reduction="sum")
+        losses.append(total / at_least_one((right >= 0).sum() if num_items is None else num_items))
+    return sum(losses) / 2
+
+
 @twin
 class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
     """``transformers.BertForQuestionAnswering``; without labels, padding cannot be an answer.
 
     Start and end are chosen among all positions, so the logits of padding matter. Without labels
     they are the smallest finite number. With labels, transformers' loss has them in its softmax,
-    so such a batch is computed with its padding.
+    so such a batch is computed with its padding. Of packed sequences (``cu_seq_lens_q``) each has a
+    softmax of its own; labels are ``[B]``, places in the sequence.
     """
 
     @can_return_tuple
@@ -296,7 +334,11 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
         with_labels = start_positions is not None and end_positions is not None
-        with requesting(self.bert, keep_padding=with_labels):
+        bounds, labels = kwargs.get("cu_seq_lens_q"), None
+        if with_labels and bounds is not None:
+            labels = torch.stack([start_positions.flatten(), end_positions.flatten()], 1)
+            start_positions = end_positions = None
+        with requesting(self.bert, keep_padding=with_labels and labels is None):
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -308,6 +350,9 @@ class BertForQuestionAnswering(DropIn, hf.BertForQuestionAnswering):
                 return_dict=True,
                 **kwargs,
             )
+        if labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            output.loss = packed_span_loss(output, labels, bounds, num_items)
         if (
             attention_mask is not None
             and attention_mask.dim() == 2

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from ..families.bert_heads import packed_span_loss
 from ..tasks.errors import InputError
 from .table import Table
 from .tasks import Example, Task, log_softmax
@@ -133,12 +133,7 @@ class Answering(Task):
 
     def loss(self, outputs: ModelOutput, labels: Tensor, bounds: Tensor) -> Tensor:
         """Of starts and ends, over the tokens of each sequence."""
-        total = 0.0
-        for logits, right in ((outputs.start_logits, 0), (outputs.end_logits, 1)):
-            parts = logits[0].float().split(bounds.diff().tolist())
-            padded = torch.nn.utils.rnn.pad_sequence(parts, True, float("-inf"))
-            total = total + F.cross_entropy(padded, labels[:, right], reduction="sum")
-        return total
+        return 2 * packed_span_loss(outputs, labels, bounds, num_items=1)
 
     def logits(self, outputs: ModelOutput, lengths: list[int]) -> list[np.ndarray]:
         both = torch.stack([outputs.start_logits[0], outputs.end_logits[0]], -1)

@@ -15,8 +15,6 @@ from .masking import IGNORED, Masking
 
 __all__ = ["PackedCollator", "check_packs"]
 
-_SPANS = ("start_positions", "end_positions")
-
 
 def check_packs(model: nn.Module) -> None:
     """Refuse a model that packed batches are not for.
@@ -46,7 +44,7 @@ class PackedCollator:
     ``labels``, ``label``                ``[n]``, one for each token; or a number, or a vector as
                                          long as every other example's, for the sequence
     ``next_sentence_label``              a number
-    ``start_positions, end_positions``   numbers: places in the example; padded only
+    ``start_positions, end_positions``   numbers: places in the example
     ===================================  ==========================================================
 
     Packed, a batch is one row of ``T`` tokens: ``input_ids``, ``token_type_ids``, ``position_ids``
@@ -94,11 +92,6 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         columns = _columns(examples)
-        if not self.padded and not columns.keys().isdisjoint(_SPANS):
-            raise ValueError(
-                f"PackedCollator: expected no {' and '.join(_SPANS)} in packed batches, whose "
-                "question-answering loss is over the whole row; use padded=True"
-            )
         tokens = {"input_ids": columns.pop("input_ids")}
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         if "token_type_ids" in columns:
