@@ -11,8 +11,9 @@ import torch
 import transformers
 from tiny import tiny_config
 
-from fastbert.finetuning import predicting
-from fastbert.finetuning.predicting import Predictor, logits_of, predict_file
+from fastbert.finetuning import predict_file as predict_module
+from fastbert.finetuning.predict_file import predict_file
+from fastbert.finetuning.predicting import Predictor, logits_of
 from fastbert.finetuning.table import Table, read_table, split_off
 from fastbert.finetuning.tagging import Tagging, entities_of
 from fastbert.finetuning.tasks import Classification, MultiLabel, Regression
@@ -257,7 +258,7 @@ def test_order_and_batches_change_nothing(checkpoint):
 
 def test_a_file_of_predictions(checkpoint, tmp_path, monkeypatch):
     predictor = Predictor(checkpoint(), CPU)
-    monkeypatch.setattr(predicting, "_PART", 3)
+    monkeypatch.setattr(predict_module, "_PART", 3)
     texts = [*TEXTS, " ", *TEXTS, None]
     output, done = tmp_path / "out.jsonl", []
     with pytest.raises(InputError, match=r"row 5 of 'rows': .* an empty one \(2 bad rows in all\)"):
@@ -282,6 +283,47 @@ def test_a_file_of_predictions(checkpoint, tmp_path, monkeypatch):
         predict_file(table_of(text=[" "]), predictor, output, skip=True)
     with pytest.raises(OutputError, match=r"an output of \.jsonl"):
         predict_file(table_of(text=TEXTS), predictor, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_predictions_are_resumed(checkpoint, tmp_path, monkeypatch, at):
+    """Behind every part, to the same bytes; not with another table, nor without being asked."""
+    predictor = Predictor(checkpoint(), CPU)
+    monkeypatch.setattr(predict_module, "_PART", 3)
+    table, output = table_of(text=TEXTS * 3), tmp_path / "out.jsonl"
+    predict_file(table, predictor, tmp_path / "whole.jsonl")
+    calls = []
+
+    def ends(done):
+        calls.append(done)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(table, predictor, output, resume=True, progress=ends)
+    partial = tmp_path / ".out.jsonl.partial"
+    assert partial.exists() and not output.exists()
+    with (partial / "rows.jsonl").open("a") as file:
+        file.write('{"row": 99, "predi')  # as a kill leaves it
+    with pytest.raises(OutputError, match=r"another table; use what it was begun with"):
+        predict_file(table_of(text=TEXTS * 2), predictor, output, resume=True)
+    result = predict_file(table, predictor, output, resume=True)
+    assert result.resumed == 3 * at and result.rows == 12 and not partial.exists()
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(table, predictor, output, progress=ends)
+    assert not partial.exists(), "nobody asked to keep it"
+
+
+def test_one_process_writes_a_file_of_predictions(checkpoint, tmp_path):
+    predictor, output = Predictor(checkpoint(), CPU), tmp_path / "out.jsonl"
+
+    def again(done):
+        with pytest.raises(OutputError, match="alone, got another process"):
+            predict_file(table_of(text=TEXTS), predictor, output)
+
+    assert predict_file(table_of(text=TEXTS), predictor, output, progress=again).rows == 4
 
 
 def test_checkpoints_for_something_else(checkpoint, tiny_folder):

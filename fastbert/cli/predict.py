@@ -68,6 +68,13 @@ def predict(
     on_error: Annotated[
         OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
     ] = OnError.stop,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an unfinished run for OUTPUT; if interrupted, keep what is done.",
+        ),
+    ] = False,
     cache_dir: CacheDir = None,
 ) -> None:
     """Say for every row of FILE what MODEL makes of it: a class with probabilities, a number, tags.
@@ -77,7 +84,7 @@ def predict(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..finetuning.predicting import predict_file
+    from ..finetuning.predict_file import predict_file
     from ..finetuning.table import read_table
 
     table, console = read_table(file, cache_dir), Console(stderr=True)
@@ -85,7 +92,7 @@ def predict(
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("predicting", total=len(table))
         done = predict_file(
-            table, predictor, output, skip=on_error is OnError.skip,
+            table, predictor, output, skip=on_error is OnError.skip, resume=resume,
             progress=lambda count: bar.update(shown, completed=count),
         )  # fmt: skip
     for row, why in [*done.skipped.items()][:10]:
@@ -93,9 +100,10 @@ def predict(
     if done.cut:
         did = "read in windows of" if predictor.windows else "cut to"
         typer.echo(f"{done.cut:,} rows were {did} {predictor.max_length} tokens", err=True)
-    speed = done.rows / (time.perf_counter() - start)
+    speed = (done.rows - done.resumed) / (time.perf_counter() - start)
     skipped = f", {len(done.skipped):,} bad rows left out" if done.skipped else ""
-    typer.echo(f"{output}: {done.rows:,} predictions, {speed:,.0f} rows a second{skipped}")
+    resumed = f", {done.resumed:,} of them from an earlier run" if done.resumed else ""
+    typer.echo(f"{output}: {done.rows:,} predictions{resumed}, {speed:,.0f} rows a second{skipped}")
 
 
 def evaluate(

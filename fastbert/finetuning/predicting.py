@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tasks.durable import to_disk
-from ..tasks.errors import InputError, LoadError, OutputError
+from ..tasks.errors import LoadError
 from ..tasks.loading import load_config, load_model, load_tokenizer
 from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
 from .table import Table
 from .tasks import INPUTS, Example, Task, task_from_config
 
-__all__ = ["Predicted", "Predictor", "logits_of", "predict_file", "said_of"]
+__all__ = ["Predictor", "logits_of", "said_of"]
 
 BATCH_TOKENS = 8192  # of a forward pass
-_PART = 1024  # rows that are in memory at a time
 
 
 @torch.no_grad()
@@ -116,78 +112,3 @@ class Predictor:
         )
         logits = dict(logits_of(self.model, self.task, examples, self.device))
         return said_of(self.task, logits, examples), cut
-
-
-class Predicted(NamedTuple):
-    """What became of a file.
-
-    Attributes:
-        rows: with a prediction.
-        skipped: rows without one, by their number: why.
-        cut: rows that were longer than the model takes.
-    """
-
-    rows: int
-    skipped: dict[int, str]
-    cut: int
-
-
-def predict_file(
-    table: Table,
-    predictor: Predictor,
-    output: Path,
-    *,
-    skip: bool = False,
-    progress: Callable[[int], object] = lambda done: None,
-) -> Predicted:
-    """Write a line of JSON for each row: its number and what the model says of it.
-
-    The file appears whole or not at all; one that was there before stays until then.
-
-    Args:
-        skip: leave bad rows out, instead of stopping before any work.
-        progress: called with the number of rows that are done.
-
-    Raises:
-        InputError: a bad row, or only such rows.
-        OutputError: a file of another kind, or one that cannot be written.
-    """
-    if output.suffix != ".jsonl":
-        raise OutputError(f"expected an output of .jsonl, got {str(output)!r}")
-    bad = {table.first + row: why for row, why in predictor.task.problems(table).items()}
-    if bad and not skip:
-        row, why = next(iter(bad.items()))
-        raise InputError(
-            f"row {row} of {table.name!r}: {why} ({len(bad)} bad rows in all); mend them or pass "
-            "--on-error skip. Nothing was written"
-        )
-    if len(bad) == len(table):
-        raise InputError(f"expected a row to predict in {table.name!r}, got bad ones only")
-    new, done, cut = output.with_name(f".{output.name}.new"), 0, 0
-    try:
-        with _writing(output), new.open("w", encoding="utf-8") as file:
-            for part in table.parts(_PART):
-                numbers = [part.first + i for i in range(len(part))]
-                good = [i for i, number in enumerate(numbers) if number not in bad]
-                if good:
-                    _, described, shorter = predictor(part.take(np.array(good)))
-                    for i, said in zip(good, described, strict=True):
-                        line = {"row": numbers[i], **said}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    done, cut = done + len(good), cut + shorter
-                progress(done)
-            to_disk(file)
-            new.replace(output)
-    finally:
-        new.unlink(missing_ok=True)
-    return Predicted(done, bad, cut)
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {str(output)!r}: {error.strerror or error}; nothing was changed"
-        ) from error

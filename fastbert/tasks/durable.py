@@ -8,7 +8,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["REPLACED", "publish", "recover", "remove", "to_disk", "write_json", "write_text"]
+from filelock import FileLock, Timeout
+
+from .errors import OutputError
+
+__all__ = [
+    "REPLACED",
+    "publish",
+    "recover",
+    "remove",
+    "take_lock",
+    "to_disk",
+    "write_json",
+    "write_text",
+]
 
 REPLACED = ".replaced-"
 
@@ -31,6 +44,23 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         to_disk(file)
     new.replace(path)
+
+
+def take_lock(path: Path, doing: str) -> FileLock:
+    """The lock of something that one process does at a time; release it behind.
+
+    Raises:
+        OutputError: another process has it.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"expected to {doing} alone, got another process that does so now; wait for it, or "
+            "name another one"
+        ) from None
+    return lock
 
 
 def publish(folder: Path, target: Path) -> None:

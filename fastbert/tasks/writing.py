@@ -20,9 +20,8 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from .durable import to_disk, write_json
+from .durable import take_lock, to_disk, write_json
 from .errors import OutputError
 from .reading import Row
 
@@ -109,14 +108,7 @@ class VectorFile:
     def __enter__(self) -> VectorFile:
         with ExitStack() as undo, self._writing():
             self._folder.mkdir(exist_ok=True)
-            self._lock = FileLock(self._folder / "lock", timeout=0)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise OutputError(
-                    f"expected to write {str(self._path)!r} alone, got another run that does so "
-                    "now; wait for it, or name another output"
-                ) from None
+            self._lock = take_lock(self._folder / "lock", f"write {str(self._path)!r}")
             undo.callback(self._leave)
             self._begin()
             undo.pop_all()

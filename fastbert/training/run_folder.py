@@ -20,9 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
-
-from ..tasks.durable import publish, recover, remove, to_disk, write_json
+from ..tasks.durable import publish, recover, remove, take_lock, to_disk, write_json
 from ..tasks.errors import InputError, OutputError
 
 __all__ = ["RunFolder", "writing_in"]
@@ -61,14 +59,7 @@ class RunFolder:
             )
         with writing_in(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / "lock", timeout=0)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise OutputError(
-                    f"expected to train in {str(self.path)!r} alone, got another process that "
-                    "does so now; wait for it, or name another folder"
-                ) from None
+            self._lock = take_lock(self.path / "lock", f"train in {str(self.path)!r}")
             recover(self.path)
             self._remove_what_is_not_whole()
         return self
