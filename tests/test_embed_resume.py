@@ -154,7 +154,7 @@ def test_two_runs_do_not_write_the_same_file(tmp_path):
     with vector_file(target, resume=False) as first:
         for resume in (False, True):
             with (
-                pytest.raises(OutputError, match="another run that does so now"),
+                pytest.raises(OutputError, match="another process that does so now"),
                 vector_file(target, resume=resume),
             ):
                 pass
