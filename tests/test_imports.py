@@ -167,3 +167,25 @@ def test_unknown_names_are_attribute_errors(name):
 
     with pytest.raises(AttributeError, match=name):
         getattr(fastbert, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("pretrain x -o y", "psutil"),
+        ("finetune x -o y --model z", "accelerate"),
+        ("evaluate x --model z", "sklearn"),
+    ],
+)
+def test_commands_name_the_extra_that_they_need(command, package):
+    program = f"""
+import sys
+sys.modules[{package!r}] = None
+sys.argv = ["fastbert", *{command.split()!r}]
+from fastbert.cli import main
+main()
+"""
+    done = python(program)
+    assert done.returncode == 4, done.stderr[-2000:]
+    assert "pip install 'fastbert-triton[train]'" in done.stderr and "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device
+from .options import Device, needing
 
 __all__ = ["command"]
 
@@ -93,8 +93,9 @@ def command(
     """
     from rich.console import Console
 
-    from ..finetuning.finetune import Request, prepare
-    from ..training.progress import Shown
+    with needing("train"):
+        from ..finetuning.finetune import Request, prepare
+        from ..training.progress import Shown
 
     finetuning = prepare(
         Request(

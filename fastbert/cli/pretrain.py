@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device
+from .options import Device, needing
 
 __all__ = ["command"]
 
@@ -102,9 +102,10 @@ def command(
     """
     from rich.console import Console
 
-    from ..training.pretraining import prepare
-    from ..training.progress import Shown
-    from ..training.request import Request
+    with needing("train"):
+        from ..training.pretraining import prepare
+        from ..training.progress import Shown
+        from ..training.request import Request
 
     console = Console(stderr=True)
     request = Request(
