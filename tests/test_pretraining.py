@@ -30,6 +30,14 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
+def _interruptible():
+    """As in a terminal: what runs in the background of a shell ignores Ctrl-C from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setitem(beginning.SIZES, "tiny", (2, 32, 2))
     monkeypatch.setattr(module, "_PROBE_BATCHES", 2)
