@@ -20,9 +20,9 @@ from fastbert.finetuning.answering import (
     token_f1,
 )
 from fastbert.finetuning.predicting import Predictor
+from fastbert.finetuning.sequences import Classification
 from fastbert.finetuning.table import Table, read_table
 from fastbert.finetuning.tagging import Tagging
-from fastbert.finetuning.tasks import Classification
 from fastbert.tasks.errors import InputError
 from fastbert.training import PackedCollator
 

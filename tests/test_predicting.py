@@ -14,9 +14,9 @@ from tiny import tiny_config
 from fastbert.finetuning import predict_file as predict_module
 from fastbert.finetuning.predict_file import predict_file
 from fastbert.finetuning.predicting import Predictor, logits_of
+from fastbert.finetuning.sequences import Classification, MultiLabel, Regression
 from fastbert.finetuning.table import Table, read_table, split_off
 from fastbert.finetuning.tagging import Tagging, entities_of
-from fastbert.finetuning.tasks import Classification, MultiLabel, Regression
 from fastbert.tasks.errors import InputError, LoadError, OutputError
 
 pytestmark = pytest.mark.usefixtures("on_torch")

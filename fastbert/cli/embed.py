@@ -7,16 +7,9 @@ from typing import Annotated
 import typer
 
 from ..tasks.errors import InputError
-from .options import AllowPickle, Device, Dtype, model_source
+from .options import AllowPickle, Device, Dtype, OnBadRow, OnError, Resume, model_source
 
 __all__ = ["command"]
-
-
-class OnError(str, Enum):
-    """What to do about a row without a text."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 class Format(str, Enum):
@@ -75,16 +68,8 @@ def command(
         int, typer.Option(min=1, help="Real tokens in one forward pass.")
     ] = 16384,
     max_length: Annotated[int | None, typer.Option(help="Cut texts after so many tokens.")] = None,
-    on_error: Annotated[
-        OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
-    ] = OnError.stop,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with an unfinished run for OUTPUT; if interrupted, keep what is done.",
-        ),
-    ] = False,
+    on_error: OnBadRow = OnError.stop,
+    resume: Resume = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Embed every text of FILE, as SentenceTransformer(MODEL).encode would.

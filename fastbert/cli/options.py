@@ -2,13 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Annotated
 
 import typer
 
 from ..tasks.errors import LoadError
 
-__all__ = ["AllowPickle", "Device", "Dtype", "model_source", "needing"]
+__all__ = [
+    "AllowPickle",
+    "Device",
+    "Dtype",
+    "OnBadRow",
+    "OnError",
+    "Resume",
+    "model_source",
+    "needing",
+]
 
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:N, or auto for the GPU if there is one.")
@@ -19,6 +29,25 @@ Dtype = Annotated[
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load pytorch_model.bin; a pickle can run code."),
+]
+
+
+class OnError(str, Enum):
+    """What to do about a row that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+OnBadRow = Annotated[
+    OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with an unfinished run for OUTPUT; if interrupted, keep what is done.",
+    ),
 ]
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..tasks.errors import InputError
-from .options import Device, Dtype, needing
+from .options import Device, Dtype, OnBadRow, OnError, Resume, needing
 
 if TYPE_CHECKING:
     from ..finetuning.predicting import Predictor
 
 __all__ = ["answer", "classify", "evaluate", "predict"]
-
-
-class OnError(str, Enum):
-    stop = "stop"
-    skip = "skip"
 
 
 File = Annotated[
@@ -65,16 +59,8 @@ def predict(
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
     long: Long = "cut",
-    on_error: Annotated[
-        OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
-    ] = OnError.stop,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with an unfinished run for OUTPUT; if interrupted, keep what is done.",
-        ),
-    ] = False,
+    on_error: OnBadRow = OnError.stop,
+    resume: Resume = False,
     cache_dir: CacheDir = None,
 ) -> None:
     """Say for every row of FILE what MODEL makes of it: a class with probabilities, a number, tags.

@@ -31,20 +31,17 @@ from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
 from ..training.sampling import TokenBudgetSampler
 from .answering import Answering
+from .kinds import task_of
 from .page import page_of
 from .partly import partly
 from .predicting import Predictor, logits_of, said_of
 from .report import DataReport, Verdict, report_on
+from .sequences import Classification
 from .table import Splits, Table, read_table, split_off
-from .tagging import Tagging
-from .tasks import Classification, MultiLabel, Regression, Task
+from .tasks import Task
 from .trainer import FinetuningTrainer, RowBatches
 
-__all__ = ["TASKS", "Finetuning", "Request", "prepare"]
-
-TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (Classification, MultiLabel, Regression, Tagging, Answering)
-}
+__all__ = ["Finetuning", "Request", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Request:
         train, dev, test: tables; what is not given is split off from ``train``.
         output: the folder of the run.
         model: a checkpoint of a BERT.
-        task: of `TASKS`, or None for what the columns say.
+        task: of `kinds.TASKS`, or None for what the columns say.
         epochs: how often every row is trained on, at most.
         batch_size: rows of a step, on average: batches are counted in tokens.
         device_tokens: of one forward and backward pass.
@@ -97,35 +94,6 @@ class Request:
     workers: int = 0
     device: str = "auto"
     cache_dir: str | None = None
-
-
-def task_of(table: Table, asked: str | None) -> type[Task]:
-    """The task that the columns of a table say, or that is asked for.
-
-    Raises:
-        InputError: an unknown task, or columns that say none.
-    """
-    if asked is not None:
-        if asked not in TASKS:
-            raise InputError(f"expected a --task of {', '.join(TASKS)}, got {asked!r}")
-        return TASKS[asked]
-    columns = set(table.columns)
-    if {"tokens", "tags"} <= columns:
-        return Tagging
-    if {"question", "context", "answers"} <= columns:
-        return Answering
-    texts = "text" in columns or {"text_a", "text_b"} <= columns
-    if texts and "labels" in columns:
-        return MultiLabel
-    if texts and "score" in columns:
-        return Regression
-    if texts and "label" in columns:
-        return Regression if isinstance(table.column("label")[0], float) else Classification
-    raise InputError(
-        f"expected columns of a task in {table.name!r}: text (or text_a and text_b) with label, "
-        "labels or score, tokens with tags, or question, context and answers; got "
-        f"{', '.join(table.columns)}"
-    )
 
 
 def prepare(request: Request) -> Finetuning:

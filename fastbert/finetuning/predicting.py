@@ -15,8 +15,9 @@ from ..tasks.errors import LoadError
 from ..tasks.loading import load_config, load_model, load_tokenizer
 from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
+from .kinds import task_from_config
 from .table import Table
-from .tasks import INPUTS, Example, Task, task_from_config
+from .tasks import INPUTS, Example, Task
 
 __all__ = ["Predictor", "logits_of", "said_of"]
 
