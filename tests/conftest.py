@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import importlib.util  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -151,5 +152,46 @@ def run(monkeypatch, capsys):
             cli.main()
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def interruptible():
+    """As in a terminal: what runs in the background of a shell ignores Ctrl-C from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def pretraining_request(texts, text_cache, tiny_folder, tmp_path, monkeypatch, interruptible):
+    """Asks for a run that takes a second."""
+    from fastbert.training import beginning, pretraining
+    from fastbert.training.request import Request
+
+    monkeypatch.setitem(beginning.SIZES, "tiny", (2, 32, 2))
+    monkeypatch.setattr(pretraining, "_PROBE_BATCHES", 2)
+
+    def make(output="run", **options):
+        options = {
+            "size": "tiny", "tokenizer": str(tiny_folder), "steps": 8, "batch_tokens": 512,
+            "device_tokens": 256, "max_length": 40, "held_out": 0.1, "save_every": 3,
+            "device": "cpu", "cache_dir": text_cache, "texts": (str(texts),), **options,
+        }  # fmt: skip
+        return Request(output=str(tmp_path / output), **options)
+
+    return make
+
+
+@pytest.fixture
+def pretrain(pretraining_request):
+    """Such a run, from its plan to its end."""
+    from fastbert.training.pretraining import prepare
+
+    def call(output="run", *, callbacks=(), allow=(), **options):
+        pretraining = prepare(pretraining_request(output, **options))
+        pretraining.train(pretraining.plan(), callbacks=callbacks, allow=allow)
+        return pretraining
 
     return call

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from runs import At, metrics_of
 from torch.utils.data import DataLoader
 
 from fastbert.finetuning.finetune import Request, prepare
@@ -102,20 +103,8 @@ def finetune(request_for):
     return call
 
 
-class At(transformers.TrainerCallback):
-    """A signal behind a step."""
-
-    def __init__(self, step, number=signal.SIGTERM):
-        self.step, self.number = step, number
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            signal.raise_signal(self.number)
-
-
-def metrics_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "memory")} for line in lines]
+def ends():
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +191,7 @@ def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, workers):
 
     whole = finetune(output="whole")
     with pytest.raises(SystemExit) as stop:
-        finetune(output="parts", callbacks=[At(step)])
+        finetune(output="parts", callbacks=[At(step, ends)])
     assert stop.value.code == 128 + signal.SIGTERM
     parts = finetune(output="parts", workers=workers)
     assert whole._replace(overhead=None) == parts._replace(overhead=None)
@@ -266,7 +255,7 @@ def test_low_rank_updates(finetune, request_for, tmp_path):
     whole = finetune(output="whole", **options)
     assert whole.scores["accuracy"] > 0.9
     with pytest.raises(SystemExit):
-        finetune(output="parts", callbacks=[At(7)], **options)
+        finetune(output="parts", callbacks=[At(7, ends)], **options)
     parts = finetune(output="parts", **options)
     assert whole._replace(overhead=None) == parts._replace(overhead=None)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
