@@ -314,6 +314,12 @@ def test_patience_and_over_fitting(finetune, tmp_path):
     step, best, last = verdict.overfits
     assert step < verdict.steps and best < last
     assert any("the loss on dev rose from" in line for line in verdict.lines())
+    evaluated = [line for line in metrics_of(tmp_path / "run") if "eval_loss" in line]
+    best = max(evaluated, key=lambda line: (line["eval_accuracy"], -line["eval_loss"]))
+    assert best["step"] == verdict.best_step != evaluated[-1]["step"]
+    lines = [json.loads(x) for x in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    loss = np.mean([-np.log(line["probabilities"][line["label"]]) for line in lines])
+    assert loss == pytest.approx(best["eval_loss"], rel=1e-4), "the best model is the one kept"
     early = finetune(output="early", rows=rows, epochs=30, learning_rate=5e-3, patience=2)
     assert early.steps < verdict.steps
 
