@@ -131,6 +131,59 @@ def test_answers_are_places_in_their_sequence():
     assert torch.equal(padded["end_positions"], packed["end_positions"])
 
 
+def questions(*counts):
+    """With so many choices; their lengths come in turns."""
+    made, found = examples(), []
+    for index, count in enumerate(counts):
+        choices = [made[(index + i) % len(made)] for i in range(count)]
+        found.append({k: [choice[k] for choice in choices] for k in made[0]} | {"label": count - 1})
+    return found
+
+
+def test_choices_have_the_logits_and_the_loss_of_transformers():
+    """As many in every question in one batch; else each question for itself."""
+    ours = model("BertForMultipleChoice", initializer_range=0.3)
+    theirs = transformers.BertForMultipleChoice(ours.config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    packed, padded = both(questions(3, 3, 3), ours)
+    assert padded["input_ids"].shape == (3, 3, 12) and packed["num_choices"].tolist() == [3, 3, 3]
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    with torch.no_grad():
+        expected = theirs(**padded)
+        for batch in (packed, padded):
+            torch.testing.assert_close(ours(**batch).logits, expected.logits, **close)
+            torch.testing.assert_close(ours(**batch).loss, expected.loss, **close)
+        ragged = questions(2, 4, 1)
+        batch = PackedCollator(ours)(ragged)
+        found = ours(**batch)
+        alone = [theirs(**PackedCollator(padded=True)([question])) for question in ragged]
+        assert found.logits.shape == (3, 4)
+        for row, one in zip(found.logits, alone, strict=True):
+            torch.testing.assert_close(row[: one.logits.numel()], one.logits[0], **close)
+            assert (row[one.logits.numel() :] == torch.finfo(torch.float32).min).all()
+        mean = torch.stack([one.loss for one in alone]).mean()
+        torch.testing.assert_close(found.loss, mean, **close)
+        share = ours(**batch, num_items_in_batch=6, return_dict=False)[0]
+        torch.testing.assert_close(share, mean / 2, **close)
+        del batch["num_choices"], batch["labels"]
+        assert ours(**batch).logits.shape == (1, 7)
+
+
+def test_choices_that_do_not_fit():
+    ours = model("BertForMultipleChoice")
+    with pytest.raises(ValueError, match=r"as many choices in every example.*got \[2, 3\]"):
+        PackedCollator(padded=True)(questions(2, 3))
+    packed, padded = both(questions(2, 2), ours)
+    with pytest.raises(ValueError, match=r"share out the 4 packed sequences, got \[2, 1\]"):
+        ours(**packed | {"num_choices": torch.tensor([2, 1])})
+    with pytest.raises(ValueError, match="num_choices with packed sequences alone"):
+        ours(**padded, num_choices=torch.tensor([2, 2]))
+    some = questions(2, 2)
+    some[1]["token_type_ids"].pop()
+    with pytest.raises(ValueError, match=r"token_type_ids for each of \[2, 2\] choices"):
+        PackedCollator(ours)(some)
+
+
 def test_padding_that_examples_bring_is_left_out():
     rows = examples(labels=of_tokens)
     wide = [
@@ -169,6 +222,8 @@ def test_masking(tiny_folder):
     assert torch.equal(again, batch["labels"][0]) and ends[-1] == 26
     with pytest.raises(ValueError, match=r"a number .'example'. for masking"):
         collator(examples())
+    with pytest.raises(ValueError, match="without choices for masking"):
+        collator(questions(2))
 
 
 def test_models_that_would_mix_sequences_are_refused():

@@ -59,6 +59,16 @@ def rows_of(task, count, seed=0):
             rows.append({"text": " ".join(sentence(draw, *has)), "labels": has})
         elif task == "regression":
             rows.append({"text": text, "score": 1.0 if yes else -1.0})
+        elif task == "spans":
+            places = {"paris": "CITY", "rome": "CITY", "spain": "LAND"}
+            found = [{"start": text.index(w), "end": text.index(w) + len(w), "label": name}
+                     for w, name in places.items() if w in text]  # fmt: skip
+            rows.append({"text": text, "spans": found})
+        elif task == "multiple-choice":
+            choices = [" ".join(sentence(draw, other, high=4)) for other in ("madrid", "spain")]
+            choices.insert(i % 3, text)
+            context = "paris" if yes else "rome"
+            rows.append({"context": context, "choices": choices, "label": i % 3})
         elif task == "answering":
             words = sentence(draw, word, low=20, high=60)
             rows.append({"question": "city", "context": " ".join(words), "answers": [word]})
@@ -115,7 +125,9 @@ def ends():
         _slow("multi-label", "BertForSequenceClassification", "text-classification"),
         _slow("regression", "BertForSequenceClassification", "text-classification"),
         _slow("tagging", "BertForTokenClassification", "token-classification"),
+        _slow("spans", "BertForTokenClassification", "token-classification"),
         _slow("answering", "BertForQuestionAnswering", None),
+        _slow("multiple-choice", "BertForMultipleChoice", None),
     ],
 )
 def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
@@ -139,7 +151,8 @@ def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
         if pipeline is not None:
             assert transformers.pipeline(pipeline, model=str(run / folder))("paris is in france")
     card = (run / "final" / "README.md").read_text()
-    assert str(verdict) in card and f"pipeline_tag: {pipeline or 'question-answering'}" in card
+    other = {"answering": "question-answering", "multiple-choice": "multiple-choice"}
+    assert str(verdict) in card and f"pipeline_tag: {pipeline or other[task]}" in card
     page = (run / "report.html").read_text("utf-8")
     assert html.escape(str(verdict)) in page and "best model" in page
     assert "<script" not in page and "src=" not in page and 'href="http' not in page
@@ -158,8 +171,12 @@ class Losses(transformers.Trainer):
 
 
 @pytest.mark.parametrize(
-    "task", [_slow("classification"), _slow("multi-label"), _slow("regression"), "tagging"]
-)
+    "task",
+    [
+        _slow("classification"), _slow("multi-label"), _slow("regression"), "tagging",
+        _slow("multiple-choice"),
+    ],
+)  # fmt: skip
 def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
     """In every step, with the same batches and without dropout."""
     options = {"dropout": 0.0, "epochs": 3, "learning_rate": 1e-3}
@@ -324,6 +341,14 @@ def test_patience_and_over_fitting(finetune, tmp_path):
     assert early.steps < verdict.steps
 
 
+def test_the_report_says_what_is_widened(request_for):
+    rows = [*rows_of("spans", 30), {"text": "parisian", "spans": [
+        {"start": 0, "end": 5, "label": "CITY"}]}] * 2  # fmt: skip
+    finetuning = prepare(request_for(rows=rows))
+    told = [line for line in finetuning.report().lines() if "inside a word" in line[1]]
+    assert sum(int(text.split()[0]) for _, text in told) == 2 and told[0][0] in ("train", "dev")
+
+
 def test_the_report(request_for, tmp_path):
     rows = rows_of("classification", 40)
     rows += [rows[0], rows[1], {"text": "paris " * 60, "label": "north"}]
@@ -348,7 +373,7 @@ def test_the_report(request_for, tmp_path):
         ([{"text": "a", "label": 1}] * 8, {}, "two classes or more .* got '1' in every row"),
         ([{"words": "a", "label": 1}] * 8, {}, "columns of a task .* got words, label"),
         ([{"text": "a", "label": 1}] * 8, {"task": "poetry"}, "--task of classification, .*poetry"),
-        ([{"text": "a", "label": 1}] * 8, {"task": "tagging"}, "a column 'tags' .* text, label"),
+        ([{"text": "a", "label": 1}] * 8, {"task": "tagging"}, "text and spans, .* text, label"),
         ([{"text": "a", "label": i % 2} for i in range(7)] + [{"text": " ", "label": 0}], {},
          r"row 8 of .*: expected a text in 'text', got an empty one"),
         ([{"text": "a", "label": str(i % 2) if i else ""} for i in range(8)], {},
@@ -360,7 +385,14 @@ def test_the_report(request_for, tmp_path):
         ([{"tokens": ["a", "b"], "tags": ["O"] * (1 + (i != 2))} for i in range(8)], {},
          "2 tags in row 3 .* got 1"),
         ([{"tokens": ["a", "b"], "tags": ["O", "PER"]}] * 8, {}, "B-X, I-X and O in row 1.* 'PER'"),
-        ([{"tokens": ["a"], "tags": ["O"]}] * 8, {}, "tags such as B-PER .* none but O"),
+        ([{"tokens": ["a"], "tags": ["O"]}] * 8, {}, "an entity or more in .* got none"),
+        ([{"text": "a", "spans": [{"start": 0, "end": 9, "label": "X"}]}] * 8, {},
+         "in characters of its text, got .*'end': 9"),
+        ([{"context": "a", "choices": ["a", "b"], "label": 2}] * 8, {},
+         "a whole number from 0 to 1 in 'label'.* row 1 .* got 2"),
+        ([{"context": "a", "choices": ["a"], "label": 0}] * 8, {},
+         r"row 1 .* two texts or more in 'choices', got \['a'\]"),
+        (rows_of("multiple-choice", 8), {"long": "windows"}, "--long cut with multiple choice"),
         (rows_of("classification", 2), {"dev_share": 0.9},
          "rows to train on and rows to split off .* got 2"),
         (rows_of("classification", 8), {"max_length": 41}, "--max-length of at most 40.* got 41"),
@@ -381,7 +413,7 @@ def test_models_that_do_not_fit(finetune, request_for, tmp_path):
         prepare(request_for("regression", model=str(tmp_path / "run/best")))
     again = prepare(request_for(model=str(tmp_path / "run/best")))
     assert again.new == [], "the head is there"
-    for kind in ("regression", "tagging", "answering"):
+    for kind in ("regression", "tagging", "answering", "multiple-choice"):
         finetune(kind, output=kind, epochs=1)
         assert prepare(request_for(kind, model=str(tmp_path / kind / "best"))).new == []
     with pytest.raises(LoadError, match="nowhere"):

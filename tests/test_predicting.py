@@ -15,6 +15,7 @@ from fastbert.finetuning import predict_file as predict_module
 from fastbert.finetuning.predict_file import predict_file
 from fastbert.finetuning.predicting import Predictor, logits_of
 from fastbert.finetuning.sequences import Classification, MultiLabel, Regression
+from fastbert.finetuning.spans import tags_of_spans
 from fastbert.finetuning.table import Table, read_table, split_off
 from fastbert.finetuning.tagging import Tagging, entities_of
 from fastbert.tasks.errors import InputError, LoadError, OutputError
@@ -235,8 +236,95 @@ def test_tags_are_those_of_transformers(checkpoint):
         ids = inputs.word_ids()
         assert tags == [labels[best[ids.index(word)]] for word in range(len(words))]
     for tags, one in zip(said, described, strict=True):
-        entities = {(e["type"], e["start"], e["end"]) for e in one["entities"]}
+        entities = {(e["label"], e["start"], e["end"]) for e in one["entities"]}
         assert one["prediction"] == tags and entities == entities_of(tags)
+
+
+def test_entities_of_a_text(checkpoint):
+    """Words as the model's own tokenizer splits the text; spans that are the text they say."""
+    labels = ["O", "B-A", "I-A"]
+    folder = checkpoint("BertForTokenClassification", id2label=dict(enumerate(labels)))
+    predictor = Predictor(folder, CPU)
+    texts = [
+        "Paris-based, the caf\u00e9 is",
+        "rome\u6771\u4eac \U0001f600 e\u0301 paris  and. " * 3,
+    ]
+    _, described, _ = predictor(table_of(text=texts))
+    found = 0
+    for text, said in zip(texts, described, strict=True):
+        inputs = predictor.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            best = predictor.model(**inputs).logits[0].argmax(-1)
+        ids = inputs.word_ids()
+        words = sorted({i for i in ids if i is not None})
+        assert said["prediction"] == [labels[best[ids.index(word)]] for word in words]
+        assert "".join(said["tokens"]) == "".join(text.split())
+        for span in said["entities"]:
+            assert text[span["start"] : span["end"]] == span["text"] and span["label"] == "A"
+        found += len(said["entities"])
+        whole = entities_of(said["prediction"])
+        assert len(whole) == len(said["entities"])
+    assert found >= 3
+
+
+SPANS = [
+    ("Ada Lovelace, London", [(0, 12, "P"), (14, 20, "L")], "B-P I-P O B-L", 0),
+    ("\u6771\u4eac\u30bf\u30ef\u30fc e\u0301t\u00e9 \U0001f600", [(0, 2, "L"), (6, 10, "T")],
+     "B-L I-L O B-T O", 0),
+    ("Parisian life", [(0, 5, "L")], "B-L O", 1),
+    ("a b", [], "O O", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "spans", "tags", "widened"), SPANS)
+def test_spans_are_tags(text, spans, tags, widened):
+    rows = [dict(zip(("start", "end", "label"), span, strict=True)) for span in spans]
+    assert tags_of_spans(rows, text, "row 1") == (tags.split(), widened)
+    columns = {name: [row[name] for row in rows] for name in ("start", "end", "label")}
+    assert tags_of_spans(columns, text, "row 1") == (tags.split(), widened)
+
+
+def test_spans_that_cannot_be():
+    for spans, message in [
+        ([{"start": 0, "end": 3}], r"start, end and label in row 1.* got \{'start': 0, 'end': 3\}"),
+        ([{"start": 12, "end": 15, "label": "P"}], "in characters of its text"),
+        ([{"start": 3, "end": 3, "label": "P"}], "in characters of its text"),
+        ([{"start": 4, "end": 13, "label": "P"}], "in characters of its text"),
+        ([{"start": -1, "end": 3, "label": "P"}], "in characters of its text"),
+        ([{"start": 0, "end": "3", "label": "P"}], "in characters of its text"),
+        ([{"start": 0, "end": 3, "label": ""}], "in characters of its text"),
+        ([{"start": 0, "end": 3, "label": "P"}, {"start": 2, "end": 9, "label": "L"}],
+         "share no word in row 1, got .*'L'"),
+        ("Ada", "a list of spans in row 1, got 'Ada'"),
+        ({"start": [0], "end": [3], "label": []}, "a list of spans in row 1"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            tags_of_spans(spans, "Ada Lovelace", "row 1")
+
+
+def test_choices_are_those_of_transformers(checkpoint):
+    """Each question for itself, whatever stands beside it; what is cut is counted once."""
+    predictor = Predictor(checkpoint("BertForMultipleChoice"), CPU)
+    rows = {
+        "context": ["paris is", "rome " * 30, "a city in italy"],
+        "choices": [TEXTS[:2], TEXTS[:3], TEXTS],
+    }
+    said, described, cut = predictor(table_of(**rows))
+    assert cut == 1
+    model = transformers.BertForMultipleChoice.from_pretrained(predictor.model.name_or_path)
+    rows = zip(*rows.values(), strict=True)
+    for (context, choices), place, told in zip(rows, said, described, strict=True):
+        inputs = predictor.tokenizer(
+            [context] * len(choices), choices, padding=True, truncation=True, max_length=40,
+            return_tensors="pt",
+        )  # fmt: skip
+        with torch.no_grad():
+            expected = model(**{name: x[None] for name, x in inputs.items()}).logits[0].softmax(-1)
+        assert told["probabilities"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert told["prediction"] == place == expected.argmax()
+        assert told["choice"] == choices[place]
+    with pytest.raises(InputError, match="columns context and choices in 'rows', got text"):
+        predictor(table_of(text=["a"]))
 
 
 def test_order_and_batches_change_nothing(checkpoint):

@@ -134,9 +134,7 @@ def classify(
         from ..finetuning.table import Table
 
     predictor = _predictor(model, device, dtype)
-    column = "tokens" if predictor.task.labels_of == "token" else "text"
-    values = [one.split() for one in text] if column == "tokens" else text
-    _, described, _ = predictor(Table(datasets.Dataset.from_dict({column: values}), "TEXT"))
+    _, described, _ = predictor(Table(datasets.Dataset.from_dict({"text": text}), "TEXT"))
     for said in described:
         typer.echo(json.dumps(said, ensure_ascii=False))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     TokenClassifierOutput,
 )
@@ -375,9 +376,51 @@ class BertForSequenceClassification(DropIn, hf.BertForSequenceClassification):
 
 @twin
 class BertForMultipleChoice(DropIn, hf.BertForMultipleChoice):
-    """``transformers.BertForMultipleChoice``; every choice is a sequence of its own length."""
+    """``transformers.BertForMultipleChoice``; every choice is a sequence of its own length.
 
-    forward = _a_share_of_the_step(hf.BertForMultipleChoice.forward)
+    Packed sequences (``cu_seq_lens_q``) are choices one behind the other. ``num_choices``, ``[B]``,
+    is how many of them each question has; by default all are of one. Logits are ``[B, C]`` for the
+    most choices of a question; what others have not is the smallest finite number.
+    """
+
+    @_a_share_of_the_step
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_choices: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | MultipleChoiceModelOutput:
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is None:
+            if num_choices is not None:
+                raise ValueError(
+                    "BertForMultipleChoice: expected num_choices with packed sequences alone, got "
+                    "it without cu_seq_lens_q; a padded batch [B, C, S] says itself how many"
+                )
+            return super().forward(*inputs, labels, return_dict=True, **kwargs)
+        outputs = self.bert(*inputs, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).flatten()
+        counts = [len(logits)] if num_choices is None else num_choices.tolist()
+        if sum(counts) != len(logits) or min(counts) < 1:
+            raise ValueError(
+                "BertForMultipleChoice: expected num_choices to share out the "
+                f"{len(logits)} packed sequences, got {counts}"
+            )
+        lowest = torch.finfo(logits.dtype).min
+        logits = nn.utils.rnn.pad_sequence(logits.split(counts), True, lowest)
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 @twin

@@ -51,6 +51,7 @@ class Answering(Task):
 
     name, best = "answering", "f1"
     head, labels_of = "BertForQuestionAnswering", "sequence"
+    pipeline = "question-answering"
     has_own_loss = True
     threshold = 0.0  # by which an answer has to beat none
 

@@ -38,7 +38,7 @@ from .predicting import Predictor, logits_of, said_of
 from .report import DataReport, Verdict, report_on
 from .sequences import Classification
 from .table import Splits, Table, read_table, split_off
-from .tasks import Task
+from .tasks import Task, tokens_of
 from .trainer import FinetuningTrainer, RowBatches
 
 __all__ = ["Finetuning", "Request", "prepare"]
@@ -149,7 +149,7 @@ def _model(request: Request, task: Task) -> tuple[PreTrainedModel, list[str]]:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         options |= dict.fromkeys(names, request.dropout)
     before = load_config(request.model)
-    if before.architectures == [task.head] and not isinstance(task, Answering):
+    if before.architectures == [task.head] and task.config:
         has = [before.id2label[i] for i in range(before.num_labels)]
         if has != task.labels if task.labels else len(has) != 1:
             raise LoadError(
@@ -186,7 +186,7 @@ class Finetuning:
         self.cut = {name: 0 if self.windows else cut for name, (_, cut) in encoded.items()}
         self.dev = encoded["dev"][0]
         self.data = task.with_labels(encoded["train"][0], self.gold["train"])
-        self.lengths = np.array([len(example["input_ids"]) for example in self.data])
+        self.lengths = np.array([*map(tokens_of, self.data)])
         # So many rows on average; a longest one has to fit.
         wanted = max(round(request.batch_size * self.lengths.mean()), self.lengths.max())
         shared = request.device_tokens * processes.count
@@ -349,14 +349,12 @@ class Finetuning:
                 write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _describe(self, folder: Path, verdict: Verdict) -> None:
-        pipelines = {"tagging": "token-classification", "answering": "question-answering"}
-        pipeline = pipelines.get(self.task.name, "text-classification")
         rows = "\n".join(
             f"| {what} | {html.escape(text, quote=False)} |" for what, text in self.report().lines()
         )
         more = "\n".join(verdict.lines())
         (folder / "README.md").write_text(
-            f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\n---\n\n"
+            f"---\nlibrary_name: transformers\npipeline_tag: {self.task.pipeline}\n---\n\n"
             f"# {Path(self.request.output).name}\n\n"
             f"A BERT, fine-tuned by `fastbert finetune` ({fastbert.__version__}) from "
             f"{Path(self.request.model).name}. This is the last model of the run; `best` beside it "

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from ..tasks.errors import InputError
 from .answering import Answering
+from .multiple_choice import MultipleChoice
 from .sequences import Classification, MultiLabel, Regression
 from .table import Table
 from .tagging import Tagging
@@ -14,7 +15,8 @@ from .tasks import Task
 __all__ = ["TASKS", "task_from_config", "task_of"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (Classification, MultiLabel, Regression, Tagging, Answering)
+    cls.name: cls
+    for cls in (Classification, MultiLabel, Regression, Tagging, Answering, MultipleChoice)
 }
 
 
@@ -29,10 +31,12 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
             raise InputError(f"expected a --task of {', '.join(TASKS)}, got {asked!r}")
         return TASKS[asked]
     columns = set(table.columns)
-    if {"tokens", "tags"} <= columns:
+    if {"tokens", "tags"} <= columns or {"text", "spans"} <= columns:
         return Tagging
     if {"question", "context", "answers"} <= columns:
         return Answering
+    if {"context", "choices"} <= columns:
+        return MultipleChoice
     texts = "text" in columns or {"text_a", "text_b"} <= columns
     if texts and "labels" in columns:
         return MultiLabel
@@ -42,7 +46,8 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
         return Regression if isinstance(table.column("label")[0], float) else Classification
     raise InputError(
         f"expected columns of a task in {table.name!r}: text (or text_a and text_b) with label, "
-        "labels or score, tokens with tags, or question, context and answers; got "
+        "labels or score, tokens with tags, text with spans, question, context and answers, or "
+        "context and choices with label; got "
         f"{', '.join(table.columns)}"
     )
 
@@ -61,8 +66,10 @@ def task_from_config(config: PreTrainedConfig) -> Task:
         answering = Answering([])
         answering.threshold = getattr(config, "no_answer_threshold", answering.threshold)
         return answering
+    if head == MultipleChoice.head:
+        return MultipleChoice([])
     if head != Task.head:
-        heads = " or ".join((Task.head, Tagging.head, Answering.head))
+        heads = " or ".join(dict.fromkeys(cls.head for cls in TASKS.values()))
         raise InputError(
             f"expected a checkpoint with a {heads}, got a {head}; fastbert finetune trains one"
         )

@@ -17,7 +17,7 @@ from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
 from .kinds import task_from_config
 from .table import Table
-from .tasks import INPUTS, Example, Task
+from .tasks import INPUTS, Example, Task, tokens_of
 
 __all__ = ["Predictor", "logits_of", "said_of"]
 
@@ -42,7 +42,7 @@ def logits_of(
         tokens: of a forward pass at most; the longest example, if that is more.
         rank, world_size: which share of the examples, of how many.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = [*map(tokens_of, examples)]
     collate = PackedCollator(model)
     batches = TokenBudgetSampler(
         lengths, max(tokens, *lengths), rank=0, world_size=1, shuffle=False

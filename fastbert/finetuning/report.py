@@ -12,7 +12,7 @@ from .table import Splits, Table
 from .tasks import Task
 
 # Columns by which two rows are the same.
-_CONTENT = ("text", "text_a", "text_b", "tokens", "question", "context")
+_CONTENT = ("text", "text_a", "text_b", "tokens", "question", "context", "choices")
 
 __all__ = ["DataReport", "Verdict", "by_class_lines", "report_on"]
 
@@ -32,6 +32,7 @@ class DataReport(NamedTuple):
         metric: what the model is chosen by.
         baseline: how good it is to say the same always, on dev: what is said, and the metric.
         untrained: the metric of the model before it is trained.
+        remarks: what else `Task.remarks` has to say of the rows, by split.
     """
 
     task: str
@@ -45,6 +46,7 @@ class DataReport(NamedTuple):
     metric: str
     baseline: tuple[str, float]
     untrained: float
+    remarks: dict[str, list[str]]
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What is told, with its name."""
@@ -70,6 +72,9 @@ class DataReport(NamedTuple):
         for name, count in self.shared.items():
             if count:
                 yield "leak", f"{count:,} rows of {name} are to be trained on too"
+        for name, remarks in self.remarks.items():
+            for remark in remarks:
+                yield name, remark
         said, value = self.baseline
         yield "before", f"{value:.3f} {said}, {self.untrained:.3f} this model untrained (on dev)"
 
@@ -101,6 +106,7 @@ def report_on(
         metric=task.best,
         baseline=(said, task.score(predictions, dev)[task.best]),
         untrained=untrained,
+        remarks={name: task.remarks(table) for name, table in named.items()},
     )
 
 

@@ -1,15 +1,19 @@
-"""A tag for every token of a sentence, and the entities that tags make (IOB2: B-X, I-X, O)."""
+"""A tag for every word of a sentence, and the entities that tags make (IOB2: B-X, I-X, O).
+
+Words come split, or as a text with entities as spans of characters (`spans`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..tasks.errors import InputError
+from .spans import Word, tags_of_spans, words_of
 from .table import Table
 from .tasks import Example, Task, log_softmax
 
@@ -37,49 +41,71 @@ def entities_of(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
+class _Said(NamedTuple):
+    """Logits ``[words, C]``; the words of a row that came as a text, and that text."""
+
+    logits: np.ndarray
+    words: list[Word] | None = None
+    text: str = ""
+
+
 class Tagging(Task):
     """Named entities and the like: the first piece of each word has its tag."""
 
     name, best = "tagging", "f1"
     head, labels_of = "BertForTokenClassification", "token"
+    pipeline = "token-classification"
 
     @classmethod
     def of(cls, *tables: Table) -> Tagging:
         found = [{tag for tags in cls._tags(table) for tag in tags} for table in tables]
         if found[0] <= {_OUTSIDE}:
             raise InputError(
-                f"expected tags such as B-PER in 'tags' of {tables[0].name!r}, got none but O"
+                f"expected an entity or more in {tables[0].name!r}, tags such as B-PER or spans, "
+                "got none in all rows"
             )
         names = set.union(*found)
         kinds = sorted({tag[2:] for tag in names - {_OUTSIDE}})
         return cls([_OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")])
 
     def problems(self, table: Table) -> dict[int, str]:
+        if "tokens" not in table.columns:
+            return super().problems(table)
         return {
             place: f"expected a list of words in 'tokens', got {words!r}"
-            for place, words in enumerate(self._words(table))
+            for place, words in enumerate(table.column("tokens"))
             if not isinstance(words, list) or not words or not all(
                 isinstance(word, str) and word.strip() for word in words
             )
         }  # fmt: skip
 
-    @staticmethod
-    def _words(table: Table) -> list[list[str]]:
-        if "tokens" not in table.columns:
-            raise InputError(
-                f"expected a column 'tokens' in {table.name!r}, got {', '.join(table.columns)}"
-            )
-        return table.column("tokens")
+    def remarks(self, table: Table) -> list[str]:
+        if "tags" in table.columns:
+            return []
+        count = sum(widened for _, widened in self._spans(table))
+        return [f"{count:,} spans begin or end inside a word, all of which they get"] * (count > 0)
+
+    @classmethod
+    def _spans(cls, table: Table) -> list[tuple[list[str], int]]:
+        for name in ("text", "spans"):
+            if name not in table.columns:
+                raise InputError(
+                    "expected columns tokens and tags, or text and spans, in "
+                    f"{table.name!r}, got {', '.join(table.columns)}"
+                )
+        cls([]).check(table)
+        return [
+            tags_of_spans(spans, text, f"row {row} of {table.name!r}")
+            for row, (text, spans) in enumerate(table.rows(("text", "spans")), table.first)
+        ]
 
     @classmethod
     def _tags(cls, table: Table) -> list[list[str]]:
-        if "tags" not in table.columns:
-            raise InputError(
-                f"expected a column 'tags' in {table.name!r}, got {', '.join(table.columns)}"
-            )
-        rows = table.column("tags")
+        if not {"tokens", "tags"} <= set(table.columns):
+            return [tags for tags, _ in cls._spans(table)]
         cls([]).check(table)
-        for row, (words, tags) in enumerate(zip(cls._words(table), rows, strict=True), 1):
+        pairs = table.rows(("tokens", "tags"))
+        for row, (words, tags) in enumerate(pairs, table.first):
             if not isinstance(tags, list) or len(tags) != len(words):
                 raise InputError(
                     f"expected {len(words)} tags in row {row} of {table.name!r}, one for each "
@@ -92,11 +118,11 @@ class Tagging(Task):
                     raise InputError(
                         f"expected tags B-X, I-X and O in row {row} of {table.name!r}, got {tag!r}"
                     )
-        return rows
+        return [tags for _, tags in pairs]
 
     def gold(self, table: Table) -> list[list[str]]:
         rows = self._tags(table)
-        for row, tags in enumerate(rows, 1):
+        for row, tags in enumerate(rows, table.first):
             for tag in tags:
                 if tag not in self._index:
                     raise InputError(
@@ -114,11 +140,22 @@ class Tagging(Task):
         windows: bool = False,
     ) -> tuple[list[Example], int]:
         self.check(table)
-        words = self._words(table)
-        examples, cut = self._windows(
+        more: list[Example]
+        if "tokens" in table.columns:
+            words = table.column("tokens")
+            more = [{"count": len(row)} for row in words]
+        else:
+            texts = table.column("text")
+            found = [*map(words_of, texts)]
+            words = [[word for word, _, _ in row] for row in found]
+            more = [
+                {"count": len(row), "in": row, "text": text}
+                for row, text in zip(found, texts, strict=True)
+            ]
+        examples, longer = self._windows(
             tokenizer, [words], max_length, windows, "", is_split_into_words=True
         )
-        return [{**x, "count": len(words[x["row"]])} for x in examples], cut
+        return [{**x, **more[x["row"]]} for x in examples], len(longer)
 
     def places(self, made: BatchEncoding, i: int) -> Example:
         """Words by number, and where their first pieces are; one that a window cuts in front has
@@ -137,10 +174,11 @@ class Tagging(Task):
             labels[place] = self._index[gold[word]]
         return {"labels": labels}
 
-    def merge(self, parts: list[tuple[np.ndarray, Example]]) -> np.ndarray:
-        """Logits ``[words, C]``, of each word from the window in which it has the most on both
-        sides; NaN where a word is in none."""
-        count = parts[0][1]["count"]
+    def merge(self, parts: list[tuple[np.ndarray, Example]]) -> _Said:
+        """Logits of each word from the window in which it has the most on both sides; NaN where a
+        word is in none."""
+        row = parts[0][1]
+        count = row["count"]
         said = np.full((count, len(self.labels)), np.nan)
         room = np.full(count, -1)
         for logits, example in parts:
@@ -149,23 +187,31 @@ class Tagging(Task):
                 around = min(place, end - place)
                 if around > room[word]:
                     said[word], room[word] = logits[place], around
-        return said
+        return _Said(said, row.get("in"), row.get("text", ""))
 
-    def predict(self, said: np.ndarray) -> list[str]:
+    def predict(self, said: _Said) -> list[str]:
         """Of every word; one that was cut off is outside."""
-        return [_OUTSIDE if np.isnan(row[0]) else self.labels[row.argmax()] for row in said]
+        return [_OUTSIDE if np.isnan(row[0]) else self.labels[row.argmax()] for row in said.logits]
 
-    def losses(self, said: np.ndarray, gold: list[str]) -> np.ndarray:
-        known = np.flatnonzero(~np.isnan(said[:, 0]))
-        return -log_softmax(said[known])[range(len(known)), [self._index[gold[i]] for i in known]]
+    def losses(self, said: _Said, gold: list[str]) -> np.ndarray:
+        known = np.flatnonzero(~np.isnan(said.logits[:, 0]))
+        labels = [self._index[gold[i]] for i in known]
+        return -log_softmax(said.logits[known])[range(len(known)), labels]
 
-    def describe(self, said: np.ndarray) -> dict[str, Any]:
+    def describe(self, said: _Said) -> dict[str, Any]:
+        """Tags, and entities as spans: of words, or of the characters of a text."""
         tags = self.predict(said)
         entities = sorted(entities_of(tags), key=lambda entity: entity[1])
-        return {
-            "prediction": tags,
-            "entities": [{"type": t, "start": a, "end": b} for t, a, b in entities],
-        }
+        if said.words is None:
+            spans = [{"label": t, "start": a, "end": b} for t, a, b in entities]
+            return {"prediction": tags, "entities": spans}
+        spans = []
+        for label, first, behind in entities:
+            start, end = said.words[first].start, said.words[behind - 1].end
+            text = said.text[start:end]
+            spans.append({"label": label, "start": start, "end": end, "text": text})
+        words = [word for word, _, _ in said.words]
+        return {"tokens": words, "prediction": tags, "entities": spans}
 
     def told(self, gold: list[str]) -> list[str]:
         return gold

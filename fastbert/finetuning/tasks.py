@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from ..tasks.errors import InputError
 from .table import Table
 
-__all__ = ["INPUTS", "Example", "Task", "log_softmax"]
+__all__ = ["INPUTS", "Example", "Task", "log_softmax", "tokens_of"]
 
 Example = dict[str, Any]
 INPUTS = ("input_ids", "token_type_ids")
@@ -35,6 +35,7 @@ class Task(ABC):
     Attributes:
         name: what ``--task`` calls it.
         head: the class of its model.
+        pipeline: what the Hugging Face hub calls it.
         labels_of: ``"sequence"`` or ``"token"``, what has a label.
         best: the metric that a model is chosen by; more is better.
         has_own_loss: whether `loss` takes the place of the model's.
@@ -42,6 +43,7 @@ class Task(ABC):
 
     name: str
     head = "BertForSequenceClassification"
+    pipeline = "text-classification"
     labels_of = "sequence"
     best: str
     has_own_loss = False
@@ -91,6 +93,10 @@ class Task(ABC):
         for place, problem in self.problems(table).items():
             raise InputError(f"row {table.first + place} of {table.name!r}: {problem}")
 
+    def remarks(self, table: Table) -> list[str]:
+        """What the report should say of how rows are understood."""
+        return []
+
     def encode(
         self,
         table: Table,
@@ -113,7 +119,8 @@ class Task(ABC):
         self.check(table)
         texts = [table.column(name) for name in _text_columns(table)]
         # Of a pair the first text is whole in every window; the second one moves.
-        return self._windows(tokenizer, texts, max_length, windows, "only_second")
+        examples, longer = self._windows(tokenizer, texts, max_length, windows, "only_second")
+        return examples, len(longer)
 
     def _windows(
         self,
@@ -123,10 +130,11 @@ class Task(ABC):
         windows: bool,
         moves: str,
         **options: Any,
-    ) -> tuple[list[Example], int]:
+    ) -> tuple[list[Example], list[int]]:
+        """Examples, and which of the texts are longer than one."""
         whole = tokenizer(*texts, verbose=False, **options)["input_ids"]
-        cut = sum(len(ids) > max_length for ids in whole)
-        if windows and cut and len(texts) > 1:
+        longer = [i for i, ids in enumerate(whole) if len(ids) > max_length]
+        if windows and longer and len(texts) > 1:
             _check_room(tokenizer, texts[0], max_length)
         made = tokenizer(
             *texts,
@@ -142,7 +150,7 @@ class Task(ABC):
         for i, row in enumerate(rows):
             example = {key: made[key][i] for key in ("input_ids", "token_type_ids") if key in made}
             examples.append({**example, "row": row, **self.places(made, i)})
-        return examples, cut
+        return examples, longer
 
     def places(self, made: BatchEncoding, i: int) -> Example:
         """What of an example's tokens has to be known later."""
@@ -239,6 +247,12 @@ def _check_room(tokenizer: PreTrainedTokenizerBase, first: list[Any], max_length
                 f"expected a first text of at most {max_length // 2} tokens, half of --max-length, "
                 f"got {len(ids)} in row {row}; windows move over the second text alone"
             )
+
+
+def tokens_of(example: Example) -> int:
+    """How many it has, in all its sequences."""
+    ids = example["input_ids"]
+    return sum(map(len, ids)) if isinstance(ids[0], list) else len(ids)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

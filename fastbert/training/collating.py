@@ -47,6 +47,10 @@ class PackedCollator:
     ``start_positions, end_positions``   numbers: places in the example
     ===================================  ==========================================================
 
+    An example may be a question with choices: what it has of tokens is a list for each choice then,
+    each of its own length. ``num_choices``, int64 ``[B]``, says how many each example has; padded
+    batches are ``[B, C, S]`` and take as many of every example.
+
     Packed, a batch is one row of ``T`` tokens: ``input_ids``, ``token_type_ids``, ``position_ids``
     (from 0 for each sequence) and token labels int64 ``[1, T]``; ``cu_seq_lens_q`` and
     ``cu_seq_lens_k``, int32 ``[B + 1]``, where sequences begin and end; ``max_length_q`` and
@@ -92,11 +96,14 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         columns = _columns(examples)
+        counts = _flatten_choices(columns)
+        if counts is not None and self.masking is not None:
+            raise ValueError("PackedCollator: expected examples without choices for masking")
         tokens = {"input_ids": columns.pop("input_ids")}
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         if "token_type_ids" in columns:
             tokens["token_type_ids"] = columns.pop("token_type_ids")
-        if self._are_of_tokens(columns.get("labels"), lengths):
+        if counts is None and self._are_of_tokens(columns.get("labels"), lengths):
             tokens["labels"] = columns.pop("labels")
         keep = [np.asarray(mask) != 0 for mask in columns.pop("attention_mask", ())]
         rows = {name: _flat(name, values, lengths, keep) for name, values in tokens.items()}
@@ -110,10 +117,20 @@ class PackedCollator:
         if self.masking is not None:
             rows.update(self._masked(rows["input_ids"], lengths, columns))
         make = self._padded if self.padded else self._packed
-        return {
-            **make({name: torch.from_numpy(values) for name, values in rows.items()}, lengths),
-            **{name: _of_sequences(name, values) for name, values in columns.items()},
-        }
+        batch = make({name: torch.from_numpy(values) for name, values in rows.items()}, lengths)
+        if counts is not None:
+            batch = self._by_question(batch, counts)
+        return batch | {name: _of_sequences(name, values) for name, values in columns.items()}
+
+    def _by_question(self, batch: dict[str, Any], counts: list[int]) -> dict[str, Any]:
+        if not self.padded:
+            return {**batch, "num_choices": torch.tensor(counts)}
+        if len(set(counts)) > 1:
+            raise ValueError(
+                "PackedCollator: expected as many choices in every example of a padded batch, got "
+                f"{counts}; packed batches take any number"
+            )
+        return {name: values.unflatten(0, (-1, counts[0])) for name, values in batch.items()}
 
     def _are_of_tokens(self, labels: list | None, lengths: np.ndarray) -> bool:
         if labels is None or self.labels == "sequence":
@@ -185,6 +202,25 @@ def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list]:
         "labels" if key == "label" else key: [example[key] for example in examples]
         for key in examples[0]
     }
+
+
+def _flatten_choices(columns: dict[str, list]) -> list[int] | None:
+    """Choices as sequences one behind the other, in place, and how many each example has; None for
+    examples that are a sequence each."""
+    rows = columns["input_ids"]
+    if not all(len(ids) and np.ndim(ids[0]) for ids in rows):
+        return None
+    counts = [len(choices) for choices in rows]
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        if name not in columns:
+            continue
+        if [len(choices) for choices in columns[name]] != counts:
+            raise ValueError(
+                f"PackedCollator: expected {name} for each of {counts} choices, got "
+                f"{[len(choices) for choices in columns[name]]}"
+            )
+        columns[name] = [sequence for choices in columns[name] for sequence in choices]
+    return counts
 
 
 def _flat(name: str, values: list, lengths: np.ndarray, keep: list[np.ndarray]) -> np.ndarray:
