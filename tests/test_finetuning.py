@@ -299,11 +299,14 @@ def test_frozen_layers_stay(request_for, finetune, tmp_path):
 
 def test_balance_and_smoothing(request_for):
     rows = [*rows_of("classification", 12), *rows_of("classification", 40)[1::2]]  # 6 and 26
-    task = prepare(request_for(rows=rows, balance=True, label_smoothing=0.2)).task
+    prepared = prepare(request_for(rows=rows, balance=True, label_smoothing=0.2))
+    task, trained = prepared.task, prepared.splits.train.column("label")
+    counts = torch.tensor([trained.count(name) for name in ("north", "south")])
+    assert 0 < counts[0] < counts[1] and counts.sum() == 24
     logits, labels = torch.randn(9, 2), torch.randint(0, 2, (9,))
     loss = task.loss(SimpleNamespace(logits=logits), labels, None)
     expected = torch.nn.functional.cross_entropy(
-        logits, labels, torch.tensor([32 / 12, 32 / 52]), reduction="sum", label_smoothing=0.2
+        logits, labels, 12 / counts, reduction="sum", label_smoothing=0.2
     )
     torch.testing.assert_close(loss, expected)
     with pytest.raises(InputError, match="with classification, got them with regression"):

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..benchmarks.page import document, figure_of_panels, legend, styled, svg_of, table_of
 from .report import DataReport, Verdict
-from .tasks import Task
 
 __all__ = ["page_of"]
 
@@ -20,7 +19,7 @@ _MOST = 30  # classes of a confusion matrix that can be read
 
 def page_of(
     title: str,
-    task: Task,
+    labels: list[str],
     report: DataReport,
     verdict: Verdict,
     metrics: list[dict[str, Any]],
@@ -29,6 +28,7 @@ def page_of(
     """The page, which loads nothing.
 
     Args:
+        labels: names of the classes.
         metrics: of all steps and evaluations.
         confusion: ``[C, C]``, how often a class (row) was taken for another (column); None where
             that makes no sense.
@@ -52,7 +52,7 @@ def page_of(
         caption = "Rows are what is right, columns what was said."
         parts += [
             "<h2>What is taken for what</h2>",
-            f"<figure>{_matrix(confusion, task.labels)}<figcaption>{caption}</figcaption></figure>",
+            f"<figure>{_matrix(confusion, labels)}<figcaption>{caption}</figcaption></figure>",
         ]
     parts += ["<h2>Data</h2>", table_of(("", ""), report.lines())]
     return document(title, parts)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .table import Splits, Table
-from .tasks import Task
 
 # Columns by which two rows are the same.
-_CONTENT = ("text", "text_a", "text_b", "tokens", "question", "context", "choices")
+_CONTENT = ("text", "text_a", "text_b", "tokens", "question", "context", "choices",
+            "query", "passage", "negative")  # fmt: skip
 
 __all__ = ["DataReport", "Verdict", "by_class_lines", "report_on"]
 
@@ -32,7 +32,7 @@ class DataReport(NamedTuple):
         metric: what the model is chosen by.
         baseline: how good it is to say the same always, on dev: what is said, and the metric.
         untrained: the metric of the model before it is trained.
-        remarks: what else `Task.remarks` has to say of the rows, by split.
+        remarks: what else there is to say of the rows, by split.
     """
 
     task: str
@@ -80,43 +80,38 @@ class DataReport(NamedTuple):
 
 
 def report_on(
-    task: Task, splits: Splits, lengths: list[int], cut: dict[str, int], untrained: float
+    splits: Splits,
+    *,
+    labels: dict[str, Counter[str]],
+    lengths: list[int],
+    remarks: dict[str, list[str]],
+    **known: Any,
 ) -> DataReport:
-    """The report; ``lengths`` are those of training."""
-    train, dev = task.gold(splits.train), task.gold(splits.dev)
+    """The report.
+
+    Args:
+        labels: how often each split has which.
+        lengths: tokens of the examples to train on.
+        remarks, known: as `DataReport`.
+    """
     named = {name: table for name, table in splits._asdict().items() if table is not None}
-    counts = _labels(task, splits.train)
-    unseen = set().union(*(_labels(task, t) for n, t in named.items() if n != "train"))
-    said, predictions = task.baseline(train, dev)
+    trained = labels["train"]
     seen = [_content(row) for row in _contents(splits.train)]
-    known = set(seen)
+    distinct = set(seen)
     return DataReport(
-        task=task.name,
         rows={name: len(table) for name, table in named.items()},
-        labels=dict(counts.most_common()),
-        unseen=tuple(sorted(unseen - set(counts))),
+        labels=dict(trained.most_common()),
+        unseen=tuple(sorted(set().union(*labels.values()) - set(trained))),
         lengths=tuple(int(np.quantile(lengths, q, method="lower")) for q in (0.5, 0.95, 1.0)),
-        cut=cut,
-        duplicates=len(seen) - len(known),
+        duplicates=len(seen) - len(distinct),
         shared={
-            name: sum(_content(row) in known for row in _contents(table))
+            name: sum(_content(row) in distinct for row in _contents(table))
             for name, table in named.items()
             if name != "train"
         },
-        metric=task.best,
-        baseline=(said, task.score(predictions, dev)[task.best]),
-        untrained=untrained,
-        remarks={name: task.remarks(table) for name, table in named.items()},
+        remarks={name: remarks.get(name, []) for name in named},
+        **known,
     )
-
-
-def _labels(task: Task, table: Table) -> Counter[str]:
-    if not task.labels:
-        return Counter()
-    found: Counter[str] = Counter()
-    for told in map(task.told, task.gold(table)):
-        found.update(told if isinstance(told, list) else [told])
-    return found
 
 
 def _contents(table: Table) -> list[tuple[Any, ...]]:

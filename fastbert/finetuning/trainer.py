@@ -8,7 +8,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..training.batches import BatchStream
+from ..training.batches import TokenBatches
 from ..training.trainer import RunTrainer
 from .partly import save_merged
 from .predicting import logits_of, said_of
@@ -23,12 +23,12 @@ class _Rows(NamedTuple):
     lengths: np.ndarray
 
 
-class RowBatches(BatchStream):
+class RowBatches(TokenBatches):
     """Batches of the same examples in every epoch.
 
     Args:
         lengths: of the examples.
-        tokens, count, options: as `BatchStream`.
+        tokens, count, options: as `TokenBatches`.
     """
 
     def __init__(self, lengths: np.ndarray, tokens: int, count: int, **options: int):
@@ -37,9 +37,6 @@ class RowBatches(BatchStream):
 
     def examples(self, epoch: int) -> _Rows:
         return self._rows
-
-    def keys(self, examples: _Rows, epoch: int, batch: list[int], over: float) -> list[int]:
-        return batch
 
 
 class FinetuningTrainer(RunTrainer):

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from torch.utils.data import Sampler
+import torch
 
 from .sampling import TokenBudgetSampler
 
-__all__ = ["BatchStream"]
+__all__ = ["BatchStream", "TokenBatches"]
 
 
-class BatchStream(ABC, Sampler[list[Hashable]]):
-    """The batches of a whole run, epoch after epoch, each of at most ``tokens`` tokens.
+class EpochBatches(Protocol):
+    """The batches of an epoch."""
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Leave out the first ones."""
+
+    def __len__(self) -> int:
+        """How many there are, those that are left out too."""
+
+    def __iter__(self) -> Iterator[list[int]]: ...
+
+
+class BatchStream(ABC, torch.utils.data.Sampler[list[Hashable]]):
+    """The batches of a whole run, epoch after epoch.
 
     The stream of batches is one for all processes, which take turns: so many steps of so many
     batches are the same on one process and on several.
 
     Args:
-        tokens: of a batch at most.
         count: batches of this process.
         seed: of the order.
         rank, world_size: which process this is, of how many.
@@ -34,7 +45,6 @@ class BatchStream(ABC, Sampler[list[Hashable]]):
 
     def __init__(
         self,
-        tokens: int,
         count: int,
         *,
         seed: int = 0,
@@ -42,16 +52,19 @@ class BatchStream(ABC, Sampler[list[Hashable]]):
         world_size: int = 1,
         shuffle: bool = True,
     ):
-        self._tokens, self._seed, self._shuffle = tokens, seed, shuffle
+        self.seed, self.shuffle = seed, shuffle
         self._count, self._rank, self._world_size = count, rank, world_size
         self.done = 0
         self.starts = [0]
 
     @abstractmethod
     def examples(self, epoch: int) -> Any:
-        """Those of an epoch: something with ``lengths``, ``[N]``."""
+        """Those of an epoch."""
 
     @abstractmethod
+    def sampler(self, examples: Any, epoch: int) -> EpochBatches:
+        """What makes batches of them."""
+
     def keys(self, examples: Any, epoch: int, batch: list[int], over: float) -> list[Hashable]:
         """What the dataset knows the examples of a batch by.
 
@@ -60,6 +73,7 @@ class BatchStream(ABC, Sampler[list[Hashable]]):
             batch: which of them.
             over: share of the run that is over.
         """
+        return batch
 
     def __len__(self) -> int:
         return self._count
@@ -81,10 +95,7 @@ class BatchStream(ABC, Sampler[list[Hashable]]):
         epoch = max(e for e, first in enumerate(self.starts) if first <= start)
         while True:
             examples = self.examples(epoch)
-            batches = TokenBudgetSampler(
-                examples.lengths, self._tokens, seed=self._seed, epoch=epoch, rank=0, world_size=1,
-                shuffle=self._shuffle,
-            )  # fmt: skip
+            batches = self.sampler(examples, epoch)
             first = self.starts[epoch]
             if epoch + 1 == len(self.starts):
                 self.starts.append(first + len(batches))
@@ -93,3 +104,22 @@ class BatchStream(ABC, Sampler[list[Hashable]]):
             for place, batch in enumerate(batches, first + skipped):
                 yield place, examples, epoch, batch
             epoch += 1
+
+
+class TokenBatches(BatchStream):
+    """Batches of at most ``tokens`` tokens, of examples with ``lengths``, ``[N]``.
+
+    Args:
+        tokens: of a batch at most.
+        count, options: as `BatchStream`.
+    """
+
+    def __init__(self, tokens: int, count: int, **options: int):
+        super().__init__(count, **options)
+        self.tokens = tokens
+
+    def sampler(self, examples: Any, epoch: int) -> TokenBudgetSampler:
+        return TokenBudgetSampler(
+            examples.lengths, self.tokens, seed=self.seed, epoch=epoch, rank=0, world_size=1,
+            shuffle=self.shuffle,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import BatchStream
+from .batches import TokenBatches
 from .masking import IGNORED
 from .segments import Drawn, Segments
 from .trainer import RunTrainer
@@ -18,13 +18,13 @@ from .trainer import RunTrainer
 __all__ = ["DrawnBatches", "PretrainingTrainer"]
 
 
-class DrawnBatches(BatchStream):
+class DrawnBatches(TokenBatches):
     """Batches of segments that are drawn anew for every epoch.
 
     Args:
         draw: the examples of an epoch.
         probability: share of the tokens to be masked, by the share of the run that is over.
-        tokens, count, options: as `BatchStream`.
+        tokens, count, options: as `TokenBatches`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PretrainingTrainer(RunTrainer):
         options: as `RunTrainer`.
     """
 
-    def __init__(self, *args: Any, held_out: BatchStream | None, **options: Any):
+    def __init__(self, *args: Any, held_out: TokenBatches | None, **options: Any):
         super().__init__(*args, evaluates=held_out is not None, **options)
         self.held_out = held_out
 

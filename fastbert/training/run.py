@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from ..tasks.errors import InputError
 from ..tasks.loading import quiet, resolve_device
 from .run_folder import RunFolder
-from .trainer import RunTrainer
+from .trainer import InRun
 
 __all__ = ["Processes", "arguments_for", "train_in"]
 
@@ -69,15 +69,21 @@ def _shards_on(device: torch.device) -> bool:
 
 
 def arguments_for(
-    run: RunFolder, processes: Processes, *, evaluate_every: int | None, **options: object
+    run: RunFolder,
+    processes: Processes,
+    *,
+    evaluate_every: int | None,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **options: object,
 ) -> TrainingArguments:
-    """What a `RunTrainer` needs of transformers' arguments in every run.
+    """What an `InRun` needs of transformers' arguments in every run.
 
     Args:
+        kind: of arguments.
         evaluate_every: steps between evaluations, or None for none.
         options: the other ones.
     """
-    return TrainingArguments(
+    return kind(
         str(run.checkpoints / ".new"),
         lr_scheduler_type="linear",
         bf16=processes.bf16,
@@ -101,7 +107,7 @@ def train_in(
     facts: Mapping[str, object],
     *,
     allow: Iterable[str],
-    make_trainer: Callable[[RunFolder, Callable[[], bool]], RunTrainer],
+    make_trainer: Callable[[RunFolder, Callable[[], bool]], InRun],
     verdict: Callable[[RunFolder, float | None], _Verdict],
     describe: Callable[[Path, _Verdict], object],
 ) -> _Verdict:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for packed batches, and for runs that may end at any moment.
+"""transformers' Trainer for runs that may end at any moment, and for packed batches.
 
 What Trainer does it does here too: callbacks, accelerate, schedules, clipping. What it cannot do is
 added: batches that a sampler of our own makes for every process, checkpoints that are whole or not
@@ -32,62 +32,53 @@ from .run_folder import RunFolder, writing_in
 
 _TRAINERS = ("epoch", "num_input_tokens_seen")  # which a stream of batches has no use for
 
-__all__ = ["NotFinite", "RunTrainer"]
+__all__ = ["InRun", "NotFinite", "RunTrainer"]
 
 
 class NotFinite(TaskError):
     """The loss is no number any more; the last checkpoint is from before."""
 
 
-class RunTrainer(Trainer, ABC):
-    """Trains in a folder of a run, on a stream of batches.
-
-    Args:
-        model: one of fastbert's classes.
-        args: of transformers; `run` says where things go.
-        dataset: gives examples, by what ``batches`` know them by.
-        data_collator: a `fastbert.training.PackedCollator`.
-        batches: of the run.
-        evaluates: whether `measure` has anything to measure by.
-        run: where checkpoints, metrics and the best model go.
-        patience: evaluations without a better one after which the run ends.
-        stop: whether this process has been asked to end; all of them do, behind a checkpoint.
-        options: of `transformers.Trainer`.
+class InRun(ABC):
+    """What a Trainer does in a folder of a run, on a stream of batches; stands before a kind of
+    `transformers.Trainer` among the bases of a class, whose constructor calls `enter`.
 
     Attributes:
         best, greater_is_better: the metric that says which model is kept as the best.
 
     Raises:
-        TypeError: a model that would let packed sequences attend to each other.
         NotFinite: while training, a loss that is not finite.
     """
 
     best, greater_is_better = "loss", False
 
-    def __init__(
+    def enter(
         self,
-        model: nn.Module,
-        args: TrainingArguments,
-        *,
-        dataset: Dataset,
-        data_collator: Callable,
-        batches: BatchStream,
-        evaluates: bool,
         run: RunFolder,
+        batches: BatchStream,
+        *,
+        evaluates: bool,
         patience: int | None = None,
         stop: Callable[[], bool] = lambda: False,
-        **options: Any,
-    ):
-        check_packs(model)
-        held_out = dataset if evaluates else None  # Trainer wants one
-        super().__init__(model, args, data_collator, dataset, held_out, **options)
+    ) -> None:
+        """Become the Trainer of a run.
+
+        Args:
+            run: where checkpoints, metrics and the best model go.
+            batches: of the run.
+            evaluates: whether `measure` has anything to measure by.
+            patience: evaluations without a better one after which the run ends.
+            stop: whether this process has been asked to end; all of them do, behind a checkpoint.
+        """
         self.batches, self.evaluates, self.run, self.patience = batches, evaluates, run, patience
         self.seconds, self._stop = Seconds(), stop
         self._noted: list[Tensor] = []
         self.stopped = False
         self.add_callback(_EachStep(self))
-        if self.is_fsdp_enabled:
-            _share_out(model, self.accelerator.state.fsdp_plugin)
+
+    @abstractmethod
+    def tokens_of(self, inputs: dict[str, Any]) -> int | Tensor:
+        """How many real tokens a batch has."""
 
     @abstractmethod
     def count(self, inputs: dict[str, Any], outputs: Any) -> list[Tensor]:
@@ -141,7 +132,7 @@ class RunTrainer(Trainer, ABC):
     ):
         # A copy: with compute_loss_func it takes the labels out.
         loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
-        tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
+        tokens = torch.as_tensor(self.tokens_of(inputs), device=loss.device)
         self._noted.append(torch.stack([tokens, *self.count(inputs, outputs)]))
         return (loss, outputs) if return_outputs else loss
 
@@ -242,6 +233,47 @@ class RunTrainer(Trainer, ABC):
         self.run.forget_after(step)
 
 
+class RunTrainer(InRun, Trainer):
+    """Trains one of fastbert's classes on packed batches.
+
+    Args:
+        model: one of fastbert's classes.
+        args: of transformers.
+        dataset: gives examples, by what ``batches`` know them by.
+        data_collator: a `fastbert.training.PackedCollator`.
+        batches, evaluates, run, patience, stop: as `InRun.enter`.
+        options: of `transformers.Trainer`.
+
+    Raises:
+        TypeError: a model that would let packed sequences attend to each other.
+        NotFinite: as `InRun`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        dataset: Dataset,
+        data_collator: Callable,
+        batches: BatchStream,
+        evaluates: bool,
+        run: RunFolder,
+        patience: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        **options: Any,
+    ):
+        check_packs(model)
+        held_out = dataset if evaluates else None  # Trainer wants one
+        super().__init__(model, args, data_collator, dataset, held_out, **options)
+        self.enter(run, batches, evaluates=evaluates, patience=patience, stop=stop)
+        if self.is_fsdp_enabled:
+            _share_out(model, self.accelerator.state.fsdp_plugin)
+
+    def tokens_of(self, inputs: dict[str, Any]) -> int:
+        return inputs["input_ids"].numel()
+
+
 def _share_out(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     """A unit of FSDP2 for each layer and one for the rest, whose weights are used outside of their
     modules too; accelerate, which would make more of them, leaves a model alone that has them."""
@@ -292,7 +324,7 @@ class Seconds:
 class _EachStep(TrainerCallback):
     """Writes what Trainer says of each step, and refuses to go on without a finite loss."""
 
-    def __init__(self, trainer: RunTrainer):
+    def __init__(self, trainer: InRun):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
