@@ -32,8 +32,8 @@ def command(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification, multi-label, regression, tagging, answering, multiple-choice; "
-            "default: by columns."
+            help="classification, multi-label, regression, tagging, answering, multiple-choice, "
+            "embeddings; default: by columns."
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="How often each row is seen.")] = 3.0,
@@ -90,8 +90,8 @@ def command(
     """Fine-tune a BERT on TRAIN: classes of texts or pairs, labels, numbers, entities, answers.
 
     Columns: text (or text_a and text_b) with label, labels (a list) or score; tokens with tags, or
-    text with spans; question, context and answers; context, choices and label. The same command
-    again goes on from the last checkpoint.
+    text with spans; question, context and answers; context, choices and label; query and passage.
+    The same command again goes on from the last checkpoint.
     """
     from rich.console import Console
 

@@ -13,6 +13,8 @@ from ..tasks.errors import InputError
 from .options import Device, Dtype, OnBadRow, OnError, Resume, needing
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from ..finetuning.predicting import Predictor
 
 __all__ = ["answer", "classify", "evaluate", "predict"]
@@ -49,6 +51,16 @@ def _predictor(
     return Predictor(
         model, where, resolve_dtype(dtype, where), max_length, windows=long == "windows"
     )
+
+
+def _embedding_model(
+    model: str, device: str, dtype: str, max_length: int | None
+) -> SentenceTransformer:
+    from ..finetuning.embedding_run import load_embedding_model
+    from ..tasks.loading import resolve_device, resolve_dtype
+
+    where = resolve_device(device)
+    return load_embedding_model(model, where, resolve_dtype(dtype, where), max_length)
 
 
 def predict(
@@ -102,14 +114,24 @@ def evaluate(
     long: Long = "cut",
     cache_dir: CacheDir = None,
 ) -> None:
-    """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it."""
+    """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it.
+
+    MODEL may be one of sentence-transformers too, FILE with query and passage, or text_a, text_b
+    and score.
+    """
     with needing("train"):
         import sklearn  # noqa: F401 - said now, not behind the work
 
+        from ..finetuning.embedding import embedding_task_of
         from ..finetuning.report import by_class_lines
         from ..finetuning.table import read_table
 
     table = read_table(file, cache_dir)
+    if (task := embedding_task_of(model, table)) is not None:
+        task.check(table)
+        scores = task.scores(_embedding_model(model, device, dtype, max_length), table)
+        typer.echo(json.dumps({"rows": len(table), **scores}))
+        return
     predictor = _predictor(model, device, dtype, max_length, long)
     gold, predictions, cut = predictor.task.gold(table), [], 0
     for part in table.parts(1024):

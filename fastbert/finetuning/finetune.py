@@ -12,6 +12,7 @@ import transformers
 from ..tasks.errors import InputError
 from ..training.run import Processes
 from .base import Finetuning
+from .embedding import embedding_task
 from .heads import HeadFinetuning
 from .kinds import task_of
 from .request import Request
@@ -36,8 +37,15 @@ def prepare(request: Request) -> Finetuning:
     )
     given = [table for table in (train, dev, test) if table is not None]
     transformers.set_seed(request.seed)
+    if (embedding := embedding_task(train, request.task)) is not None:
+        from .embedding_run import EmbeddingFinetuning  # needs sentence-transformers
+
+        for table in given:  # before rows are split off, and have other numbers
+            embedding.check(table)
+        splits = _splits(request, train, dev, test)
+        return EmbeddingFinetuning(request, processes, splits, embedding)
     task = task_of(train, request.task).of(*given)
-    for table in given:  # before rows are split off, and have other numbers
+    for table in given:
         task.check(table)
         task.gold(table)
     return HeadFinetuning(request, processes, _splits(request, train, dev, test), task)

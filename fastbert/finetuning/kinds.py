@@ -28,7 +28,9 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
     """
     if asked is not None:
         if asked not in TASKS:
-            raise InputError(f"expected a --task of {', '.join(TASKS)}, got {asked!r}")
+            raise InputError(
+                f"expected a --task of {', '.join([*TASKS, 'embeddings'])}, got {asked!r}"
+            )
         return TASKS[asked]
     columns = set(table.columns)
     if {"tokens", "tags"} <= columns or {"text", "spans"} <= columns:
@@ -46,8 +48,8 @@ def task_of(table: Table, asked: str | None) -> type[Task]:
         return Regression if isinstance(table.column("label")[0], float) else Classification
     raise InputError(
         f"expected columns of a task in {table.name!r}: text (or text_a and text_b) with label, "
-        "labels or score, tokens with tags, text with spans, question, context and answers, or "
-        "context and choices with label; got "
+        "labels or score, tokens with tags, text with spans, question, context and answers, "
+        "context and choices with label, or query and passage; got "
         f"{', '.join(table.columns)}"
     )
 
@@ -71,7 +73,8 @@ def task_from_config(config: PreTrainedConfig) -> Task:
     if head != Task.head:
         heads = " or ".join(dict.fromkeys(cls.head for cls in TASKS.values()))
         raise InputError(
-            f"expected a checkpoint with a {heads}, got a {head}; fastbert finetune trains one"
+            f"expected a checkpoint with a {heads}, got a {head}; fastbert finetune trains one, "
+            "fastbert embed is for embeddings"
         )
     if config.problem_type == "multi_label_classification":
         return MultiLabel(labels)

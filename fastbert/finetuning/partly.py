@@ -25,7 +25,7 @@ def partly(
     Args:
         freeze: the embeddings and so many layers stay as they are; None for nothing.
         lora: rank of the updates that all products of the layers get (Hu et al., 2106.09685), by
-            PEFT, beside a head that is trained whole; None for none.
+            PEFT, beside a head, if there is one, that is trained whole; None for none.
         seed: of the updates.
 
     Raises:
@@ -49,13 +49,13 @@ def partly(
     except ImportError as error:
         raise LoadError(f"--lora needs PEFT ({error}): pip install peft") from error
     heads = [name for name in _HEADS if hasattr(model, name)]
-    if getattr(model.base_model, "pooler", None) is not None:
+    if heads and getattr(model.base_model, "pooler", None) is not None:
         heads.append("pooler")
     config = peft.LoraConfig(
         r=lora,
         lora_alpha=2 * lora,
         target_modules=rf".*encoder\.layer\..*\.({'|'.join(_PRODUCTS)})",
-        modules_to_save=heads,
+        modules_to_save=heads or None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
