@@ -61,7 +61,7 @@ def _main(arguments: list, window: int, number: int | None, log: Path, at: int |
         return call
 
     texts_of = lambda self, features: len(features["input_ids"])  # noqa: E731
-    Embedder.encode = counted("encode", Embedder.encode, texts_of)
+    Embedder._encode = counted("encode", Embedder._encode, texts_of)
     writing.os.fsync = counted("to disk", os.fsync)
     replace, placed = counted("in place", Path.replace), counted("placed", lambda: None)
     writing.Path.replace = lambda *paths: (replace(*paths), placed())[0]

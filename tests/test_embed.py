@@ -15,7 +15,7 @@ import transformers
 
 from fastbert.tasks.embed import Embedder, batches_by_tokens
 from fastbert.tasks.embed_file import embed_file
-from fastbert.tasks.errors import InputError, TaskError
+from fastbert.tasks.errors import InputError, LoadError, TaskError
 from fastbert.tasks.reading import TextFile
 
 pytest.importorskip("sentence_transformers")
@@ -203,6 +203,47 @@ def embedder_of(folder, **options):
     return Embedder.load(folder, device=CPU, **options)
 
 
+@pytest.mark.parametrize("prompt", [None, "rome is "])
+def test_windows_of_long_texts(tiny_folder, prompt):
+    """The mean of what their windows would give for themselves; short texts are as they were."""
+    words = [f"word{i % 70}" for i in range(100)]
+    texts = ["rome", " ".join(words), " ".join(words[:23])]
+    options = {"max_length": 20, "prompt": prompt}
+    whole = embedder_of(tiny_folder, windows=True, **options)
+    found = whole.embed(texts, batch_tokens=64)
+    room = 18 - 2 * (prompt is not None)
+    for text, vector in zip(texts, found, strict=True):
+        pieces, step = text.split(), room - 5
+        starts = range(0, max(len(pieces) - room, 0) + step, step)
+        windows = [" ".join(pieces[start : start + room]) for start in starts]
+        assert windows[-1].split()[-1] == pieces[-1]
+        cut = embedder_of(tiny_folder, **options).embed(windows)
+        np.testing.assert_allclose(vector, cut.mean(0), atol=1e-5)
+    np.testing.assert_allclose(*(np.concatenate(list(e.stream(texts, window=2)))[:1] for e in (
+        whole, embedder_of(tiny_folder, **options))), atol=1e-6)  # fmt: skip
+    unit = embedder_of(tiny_folder, windows=True, normalize=True, truncate_dim=9, **options)
+    expected = found[:, :9] / np.linalg.norm(found[:, :9], axis=1, keepdims=True)
+    np.testing.assert_allclose(unit.embed(texts), expected, atol=1e-6)
+
+
+def test_every_part_of_a_long_text_counts(tiny_folder):
+    words = ["rome"] * 20_000
+    embedder = embedder_of(tiny_folder, windows=True)
+    before = embedder.embed([" ".join(words)])
+    for place in (0, 10_000, 19_999):
+        other = " ".join([*words[:place], "paris", *words[place + 1 :]])
+        assert np.abs(embedder.embed([other]) - before).max() > 1e-6, place
+
+
+def test_windows_of_a_model_with_unit_vectors(minilm_folder):
+    """The mean has length 1 too; without room beside the prompt nothing is done."""
+    text = " ".join(f"The {i}. year of the war was worse than the others." for i in range(40))
+    vectors = embedder_of(minilm_folder, windows=True, max_length=64).embed([text, "A word."])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    with pytest.raises(LoadError, match=r"room for more than 4 tokens beside the prompt, got 2"):
+        embedder_of(minilm_folder, windows=True, max_length=16, prompt="a " * 12)
+
+
 @pytest.mark.parametrize("output", ["o.npy", "o.parquet", "o.jsonl"])
 def test_a_full_disk_leaves_everything_as_it_was(output, tiny_folder, tmp_path, run, monkeypatch):
     source = write_input(tmp_path / "a.txt", ".txt")
@@ -256,13 +297,13 @@ def test_a_folder_that_may_not_be_written(tiny_folder, tmp_path, run):
 def test_an_input_that_changes_meanwhile_is_noticed(tiny_folder, tmp_path, monkeypatch):
     source, target = write_input(tmp_path / "a.txt", ".txt"), tmp_path / "o.npy"
     embedder = embedder_of(tiny_folder)
-    encode = embedder.encode
+    encode = embedder._encode
 
     def changing(features):
         source.write_text(source.read_text() + "\nmore")
         return encode(features)
 
-    monkeypatch.setattr(embedder, "encode", changing)
+    monkeypatch.setattr(embedder, "_encode", changing)
     with pytest.raises(InputError, match="got another file while it was read"):
         embed_file(TextFile(source), target, embedder)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

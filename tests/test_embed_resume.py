@@ -117,6 +117,7 @@ def test_another_run_is_refused_with_the_difference(texts, tiny_folder, tmp_path
     refused("batch_tokens was 40 and is 41", batch_tokens=41)
     refused("max_length was 40 and is 9", Embedder.load(tiny_folder, device=device, max_length=9))
     refused("prompt was None and is 'x'", Embedder.load(tiny_folder, device=device, prompt="x"))
+    refused("windows was False", Embedder.load(tiny_folder, device=device, windows=True))
     refused("normalize was False", Embedder.load(tiny_folder, device=device, normalize=True))
     other = tmp_path / "other.txt"
     other.write_text(texts.read_text() + "\nmore")

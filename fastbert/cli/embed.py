@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from ..tasks.errors import InputError
-from .options import AllowPickle, Device, Dtype, OnBadRow, OnError, Resume, model_source
+from .options import (
+    AllowPickle,
+    Device,
+    Dtype,
+    Long,
+    LongText,
+    OnBadRow,
+    OnError,
+    Resume,
+    model_source,
+)
 
 __all__ = ["command"]
 
@@ -67,7 +77,10 @@ def command(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Real tokens in one forward pass.")
     ] = 16384,
-    max_length: Annotated[int | None, typer.Option(help="Cut texts after so many tokens.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Of a text or window; default: what the model says.")
+    ] = None,
+    long: Long = LongText.cut,
     on_error: OnBadRow = OnError.stop,
     resume: Resume = False,
     allow_pickle: AllowPickle = False,
@@ -118,6 +131,7 @@ def command(
         dtype=resolve_dtype(dtype, where),
         allow_pickle=allow_pickle,
         max_length=max_length,
+        windows=long is LongText.windows,
         prompt=prompt,
         prompt_name=prompt_name,
         normalize=normalize,

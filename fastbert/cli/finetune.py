@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, needing
+from .options import Device, Long, LongText, needing
 
 __all__ = ["command"]
 
@@ -42,9 +42,7 @@ def command(
     ] = 32,
     device_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one pass.")] = 8192,
     max_length: Annotated[int, typer.Option(min=3, help="Tokens of a row at most.")] = 128,
-    long: Annotated[
-        str, typer.Option(help="A longer row: cut, or windows that overlap, all of which count.")
-    ] = "cut",
+    long: Long = LongText.cut,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-5,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.01,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps.")] = 0.06,
@@ -111,7 +109,7 @@ def command(
             batch_size=batch_size,
             device_tokens=device_tokens,
             max_length=max_length,
-            long=long,
+            long=long.value,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warmup=warmup,

@@ -13,6 +13,8 @@ __all__ = [
     "AllowPickle",
     "Device",
     "Dtype",
+    "Long",
+    "LongText",
     "OnBadRow",
     "OnError",
     "Resume",
@@ -39,6 +41,17 @@ class OnError(str, Enum):
     skip = "skip"
 
 
+class LongText(str, Enum):
+    """What to do about a text that is longer than the model takes."""
+
+    cut = "cut"
+    windows = "windows"
+
+
+Long = Annotated[
+    LongText,
+    typer.Option(help="A longer text: cut, or read in windows that overlap, all of which count."),
+]
 OnBadRow = Annotated[
     OnError, typer.Option(help="A bad row: stop before any work, or leave it out.")
 ]

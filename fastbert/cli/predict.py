@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..tasks.errors import InputError
-from .options import Device, Dtype, OnBadRow, OnError, Resume, needing
+from .options import Device, Dtype, Long, LongText, OnBadRow, OnError, Resume, needing
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,24 +33,22 @@ Model = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(min=3, help="Tokens of a row at most; default: what the model knows.")
 ]
-Long = Annotated[
-    str, typer.Option(help="A longer row: cut, or windows that overlap, all of which count.")
-]
 CacheDir = Annotated[str | None, typer.Option(help="For tables; default: that of datasets.")]
 
 
 def _predictor(
-    model: str, device: str, dtype: str, max_length: int | None = None, long: str = "cut"
+    model: str,
+    device: str,
+    dtype: str,
+    max_length: int | None = None,
+    long: LongText = LongText.cut,
 ) -> Predictor:
     from ..finetuning.predicting import Predictor
     from ..tasks.loading import resolve_device, resolve_dtype
 
     where = resolve_device(device)
-    if long not in ("cut", "windows"):
-        raise InputError(f"expected --long cut or windows, got {long!r}")
-    return Predictor(
-        model, where, resolve_dtype(dtype, where), max_length, windows=long == "windows"
-    )
+    windows = long is LongText.windows
+    return Predictor(model, where, resolve_dtype(dtype, where), max_length, windows=windows)
 
 
 def _embedding_model(
@@ -70,7 +68,7 @@ def predict(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
-    long: Long = "cut",
+    long: Long = LongText.cut,
     on_error: OnBadRow = OnError.stop,
     resume: Resume = False,
     cache_dir: CacheDir = None,
@@ -111,7 +109,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_length: MaxLength = None,
-    long: Long = "cut",
+    long: Long = LongText.cut,
     cache_dir: CacheDir = None,
 ) -> None:
     """Score MODEL on FILE, whose labels are right: metrics as JSON, a table by class beside it.

@@ -74,7 +74,10 @@ class EmbeddingFinetuning(Finetuning):
             (request.long != "cut", "--long windows"),
         ):
             if asked:
-                raise InputError(f"expected no {name} with embeddings, got it")
+                raise InputError(
+                    f"expected no {name} with embeddings, got it (fastbert embed --long windows "
+                    "reads long texts whole with what is trained)"
+                )
         model = load_embedding_model(request.model, processes.device, frozen=False)
         encoder = model.transformers_model
         check_length(request, encoder.config)

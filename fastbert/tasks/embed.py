@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,16 +22,19 @@ from torch import Tensor, nn
 import fastbert
 
 from .errors import LoadError
-from .loading import add_to_digest, load_sentence_transformer
+from .loading import add_to_digest, load_sentence_transformer, quiet
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WINDOW", "Batch", "Embedder", "batches_by_tokens"]
+__all__ = ["WINDOW", "Batch", "Embedder", "Prepared", "batches_by_tokens"]
 
 WINDOW = 1024  # texts that are sorted by length, encoded and written together
+STRIDE = 4  # windows of a long text share a quarter of their tokens
 # The ids of each text as a list: how many there are decides about the batch.
 _AS_LISTS = {"common": {"return_tensors": None}, "text": {"padding": False}}
+_WHOLE = {**_AS_LISTS, "text": {"padding": False, "truncation": False}}
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -59,6 +63,20 @@ class Batch(NamedTuple):
     features: dict[str, Any]
 
 
+class Prepared(NamedTuple):
+    """Texts that can be encoded.
+
+    Attributes:
+        number: of the texts.
+        batches: of all of them, or of their windows.
+        owners: which text each window is of, ``[windows]``; None where there are no windows.
+    """
+
+    number: int
+    batches: list[Batch]
+    owners: np.ndarray | None
+
+
 class Embedder:
     """A sentence-transformers model behind batches by tokens: texts in, vectors out.
 
@@ -69,10 +87,12 @@ class Embedder:
         normalize: scale every vector to length 1, whatever the model does.
         truncate_dim: keep so many values of each vector; by default what the model says.
         max_length: tokens after which a text is cut; by default what the model says.
+        windows: a longer text is read in windows that overlap instead; its vector is their mean,
+            scaled to length 1 where the model does that. The prompt stands in each.
 
     Raises:
-        LoadError: a prompt or a maximum length that the model does not have, or a model that does
-            not make vectors of tokens.
+        LoadError: a prompt or a maximum length that the model does not have, a model that does not
+            make vectors of tokens, or a prompt that leaves no room in a window.
     """
 
     def __init__(
@@ -84,8 +104,9 @@ class Embedder:
         normalize: bool = False,
         truncate_dim: int | None = None,
         max_length: int | None = None,
+        windows: bool = False,
     ):
-        self.model, self.normalize = model.eval(), normalize
+        self.model, self.normalize, self.windows = model.eval(), normalize, windows
         self.truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
         self.prompt = _prompt(model, prompt, prompt_name)
         self._limit_length(max_length)
@@ -96,6 +117,8 @@ class Embedder:
                 f"{type(model[0]).__name__}, which gives {', '.join(probe)}; use "
                 "SentenceTransformer.encode for it"
             )
+        if windows:
+            self._room = _room(model.tokenizer, self.prompt, self.max_length)
         # The same for every text: the modality, and how much of it the prompt is.
         self._shared = {k: v for k, v in probe.items() if not isinstance(v, Tensor)}
         try:
@@ -167,12 +190,15 @@ class Embedder:
         return found.hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-        """Ids, types and mask of each text, cut to the maximum length."""
+        """Ids, types and mask of each text, cut to the maximum length or, for windows, whole."""
         if not texts:
             return []
-        encoded = self.model.preprocess(
-            list(texts), prompt=self.prompt, processing_kwargs=_AS_LISTS
-        )
+        with quiet() if self.windows else nullcontext():  # transformers warns of long texts
+            encoded = self.model.preprocess(
+                list(texts),
+                prompt=self.prompt,
+                processing_kwargs=_WHOLE if self.windows else _AS_LISTS,
+            )
         names = [name for name in encoded if name not in self._shared]
         columns = (encoded[name] for name in names)
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -198,29 +224,51 @@ class Embedder:
             padded[name] = torch.from_numpy(grid)
         return padded
 
-    def prepare(self, texts: Sequence[str], batch_tokens: int = 16384) -> list[Batch]:
+    def prepare(self, texts: Sequence[str], batch_tokens: int = 16384) -> Prepared:
         """Texts as batches of at most ``batch_tokens`` real tokens."""
-        rows = self.tokenize(texts)
+        rows, owners = self.tokenize(texts), None
+        if self.windows:
+            parts = [self._windows(row) for row in rows]
+            owners = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
+            rows = [window for part in parts for window in part]
         lengths = [len(row["input_ids"]) for row in rows]
-        return [
+        batches = [
             Batch(indices, self.collate([rows[i] for i in indices]))
             for indices in batches_by_tokens(lengths, batch_tokens)
         ]
+        return Prepared(len(texts), batches, owners)
 
-    @torch.inference_mode()
+    def _windows(self, row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+        """A text in windows of the maximum length, each with the first tokens and the last one."""
+        head, room = self._room
+        body = len(row["input_ids"]) - head - 1
+        step = room - self.max_length // STRIDE
+        starts = range(0, max(body - room, 0) + step, step)
+        return [
+            {
+                name: [*ids[:head], *ids[head:-1][start : start + room], ids[-1]]
+                for name, ids in row.items()
+            }
+            for start in starts
+        ]
+
     def encode(self, features: dict[str, Any]) -> np.ndarray:
         """``[B, E]`` in fp32 of a padded batch."""
+        return self._finish(self._encode(features)).numpy()
+
+    def _finish(self, vectors: Tensor) -> Tensor:
+        vectors = vectors[:, : self.truncate_dim]
+        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    @torch.inference_mode()
+    def _encode(self, features: dict[str, Any]) -> Tensor:
         device = self.model.device
         # Real lengths are read from the mask: where it is, on the host, that is free.
         inputs = {
             name: value if name in self._shared or name == "attention_mask" else value.to(device)
             for name, value in features.items()
         }
-        vectors = self.model(inputs)["sentence_embedding"].float()
-        vectors = vectors[:, : self.truncate_dim]
-        if self.normalize:
-            vectors = nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy()
+        return self.model(inputs)["sentence_embedding"].float().cpu()
 
     def embed(self, texts: Sequence[str], *, batch_tokens: int = 16384) -> np.ndarray:
         """Embeddings of texts, in their order.
@@ -232,16 +280,29 @@ class Embedder:
         Returns:
             ``[len(texts), E]`` fp32.
         """
-        return self._joined(self.prepare(texts, batch_tokens), len(texts))
+        return self._joined(self.prepare(texts, batch_tokens))
 
-    def _joined(self, batches: list[Batch], number: int) -> np.ndarray:
+    def _joined(self, prepared: Prepared) -> np.ndarray:
+        number, batches, owners = prepared
         if not batches:
             return np.zeros((0, self.size), np.float32)
-        parts = np.concatenate([self.encode(batch.features) for batch in batches])
-        out = np.empty_like(parts)
+        parts = torch.cat([self._encode(batch.features) for batch in batches])
+        out = torch.empty_like(parts)
         out[[index for batch in batches for index in batch.indices]] = parts
+        if owners is not None:
+            out = self._mean(out, torch.from_numpy(owners), number)
         assert len(out) == number
-        return out
+        return self._finish(out).numpy()
+
+    def _mean(self, vectors: Tensor, owners: Tensor, number: int) -> Tensor:
+        """Over the windows of each text."""
+        counts = torch.bincount(owners, minlength=number)
+        total = vectors.new_zeros(number, vectors.shape[1]).index_add_(0, owners, vectors)
+        means = total / counts[:, None]
+        if type(self.model[-1]).__name__ == "Normalize":
+            several = counts > 1
+            means[several] = nn.functional.normalize(means[several], dim=-1)
+        return means
 
     def stream(
         self, texts: Iterable[str], *, batch_tokens: int = 16384, window: int = WINDOW
@@ -252,15 +313,14 @@ class Embedder:
         """
         texts = iter(texts)
 
-        def read_ahead() -> tuple[int, list[Batch]]:
-            held = list(islice(texts, window))
-            return len(held), self.prepare(held, batch_tokens)
+        def read_ahead() -> Prepared:
+            return self.prepare(list(islice(texts, window)), batch_tokens)
 
         with ThreadPoolExecutor(1, "tokenise") as ahead:
             pending = ahead.submit(read_ahead)
-            while (ready := pending.result())[0]:
+            while (ready := pending.result()).number:
                 pending = ahead.submit(read_ahead)
-                yield self._joined(ready[1], ready[0])
+                yield self._joined(ready)
 
 
 def _prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:
@@ -269,6 +329,29 @@ def _prompt(model: SentenceTransformer, prompt: str | None, name: str | None) ->
     if name is not None and name not in model.prompts:
         raise LoadError(f"expected a prompt of {sorted(model.prompts)}, got {name!r}")
     return model.prompts.get(model.default_prompt_name if name is None else name)
+
+
+def _room(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | None, max_length: int
+) -> tuple[int, int]:
+    """Tokens that stand before the text in every window, and room for the text behind them.
+
+    Raises:
+        LoadError: less of it than windows share.
+    """
+    if tokenizer.num_special_tokens_to_add() != 2:
+        raise LoadError(
+            "expected a tokenizer that puts one token before and one behind a text for windows, "
+            f"got one that adds {tokenizer.num_special_tokens_to_add()}"
+        )
+    head = 1 + len(tokenizer(prompt or "", add_special_tokens=False)["input_ids"])
+    room = max_length - head - 1
+    if room <= max_length // STRIDE:
+        raise LoadError(
+            f"expected windows with room for more than {max_length // STRIDE} tokens beside the "
+            f"prompt, got {room} in windows of {max_length}; make them longer"
+        )
+    return head, room
 
 
 def _for_what_follows(module: nn.Module, args: tuple, features: dict[str, Any]) -> dict[str, Any]:

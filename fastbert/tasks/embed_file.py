@@ -71,6 +71,7 @@ def embed_file(
         "model": f"{embedder.model.transformers_model.name_or_path} ({embedder.digest()})",
         "prompt": embedder.prompt,
         "max_length": embedder.max_length,
+        "windows": embedder.windows,
         "truncate_dim": embedder.truncate_dim,
         "normalize": embedder.normalize,
         "batch_tokens": batch_tokens,
