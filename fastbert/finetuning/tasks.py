@@ -132,20 +132,22 @@ class Task(ABC):
         **options: Any,
     ) -> tuple[list[Example], list[int]]:
         """Examples, and which of the texts are longer than one."""
-        whole = tokenizer(*texts, verbose=False, **options)["input_ids"]
-        longer = [i for i, ids in enumerate(whole) if len(ids) > max_length]
-        if windows and longer and len(texts) > 1:
-            _check_room(tokenizer, texts[0], max_length)
-        made = tokenizer(
-            *texts,
-            truncation=moves if windows and len(texts) > 1 else True,
-            max_length=max_length,
-            stride=max_length // STRIDE if windows else 0,
-            return_overflowing_tokens=windows,
-            return_offsets_mapping=True,
-            **options,
-        )
-        rows = made.pop("overflow_to_sample_mapping", range(len(whole)))
+        made = tokenizer(*texts, return_offsets_mapping=True, verbose=False, **options)
+        rows: Sequence[int] = range(len(made["input_ids"]))
+        longer = [i for i in rows if len(made["input_ids"][i]) > max_length]
+        if longer:
+            if windows and len(texts) > 1:
+                _check_room(tokenizer, texts[0], max_length)
+            made = tokenizer(
+                *texts,
+                truncation=moves if windows and len(texts) > 1 else True,
+                max_length=max_length,
+                stride=max_length // STRIDE if windows else 0,
+                return_overflowing_tokens=windows,
+                return_offsets_mapping=True,
+                **options,
+            )
+            rows = made.pop("overflow_to_sample_mapping", rows)
         examples = []
         for i, row in enumerate(rows):
             example = {key: made[key][i] for key in ("input_ids", "token_type_ids") if key in made}
