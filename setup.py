@@ -64,6 +64,7 @@ setup(
         "fastbert.demo",
         "fastbert.families",
         "fastbert.finetuning",
+        "fastbert.generation",
         "fastbert.kernels",
         "fastbert.ops",
         "fastbert.tasks",

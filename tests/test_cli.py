@@ -88,7 +88,7 @@ def test_the_version_and_the_module(run):
 
 
 def test_help_is_there_for_everything():
-    for args in ([], ["embed"], ["fill-mask"], ["check"]):
+    for args in ([], ["embed"], ["fill-mask"], ["generate"], ["score"], ["check"]):
         result = CliRunner().invoke(cli.app, [*args, "--help"])
         assert result.exit_code == 0 and "Usage" in result.output
 

@@ -23,6 +23,7 @@ RANKS = {
     "fastbert/tasks": 6,
     "fastbert/training": 7,
     "fastbert/finetuning": 7,
+    "fastbert/generation": 7,
     "fastbert/demo": 7,
     "benchmarks": 7,
     "fastbert/workbench": 8,

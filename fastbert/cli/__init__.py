@@ -16,7 +16,7 @@ import typer
 
 from .. import __version__
 from ..tasks.errors import TaskError
-from . import bench, check, embed, fill_mask, finetune, kernels, predict, pretrain
+from . import bench, check, embed, finetune, generate, kernels, predict, pretrain
 
 __all__ = ["app", "main"]
 
@@ -31,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("embed")(embed.command)
-app.command("fill-mask")(fill_mask.command)
+app.command("fill-mask")(generate.fill_mask)
+app.command("generate")(generate.generate)
+app.command("score")(generate.score)
 app.command("pretrain")(pretrain.command)
 app.command("finetune")(finetune.command)
 app.command("predict")(predict.predict)
