@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fastbert.benchmarks.scoring import compare
 from tiny import tiny_config
 
 import fastbert
@@ -364,3 +365,10 @@ def test_score_command(run, folder, ours, tmp_path):
     assert code == 0 and again == output.read_text()
     code, _, err = run(*command, "-o", tmp_path / "out.csv", "--on-error", "skip")
     assert code == 5 and "an output of .jsonl" in err
+
+
+@pytest.mark.slow
+def test_scoring_is_compared_with_a_loop(minilm_folder):
+    """That they say the same is asserted inside."""
+    found = compare(sentences=9, parts=2, device="cpu")
+    assert found.sentences == 9 and found.tokens > 50 and found.ratio > 0
