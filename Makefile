@@ -13,7 +13,7 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
 	@echo "make pretrain-example    real text to a masked language model, in about ten minutes"
-	@echo "make generate-example    a masked language model that fills and writes sentences, in about three"
+	@echo "make generate-example    real text to a masked language model that fills and writes, in about two"
 	@echo "make finetune-examples    real and written texts to six fine-tuned models, in about ten"
 	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
@@ -40,10 +40,10 @@ generate-example: .venv-pretrain-example/.installed
 	$(EXAMPLE)/python -m fastbert.demo.generation texts $(WRITTEN)
 	$(EXAMPLE)/fastbert pretrain $(WRITTEN)/train.txt -o $(WRITTEN)/run \
 		--model $$($(EXAMPLE)/python -c "from fastbert.tasks.loading import minilm_folder as f; print(f())") \
-		--tokens 100k --batch-tokens 2k --learning-rate 1e-3 --held-out 0.02 --evaluate-every 1000
+		--tokens 50k --batch-tokens 1k --learning-rate 5e-4 --no-nsp --held-out 0.02 --evaluate-every 1000
 	$(EXAMPLE)/python -m fastbert.demo.generation compare $(WRITTEN)/run $(WRITTEN)/held-out.txt
 	$(EXAMPLE)/fastbert fill-mask "It is one of the [MASK] [MASK] in the world." --joint --model $(WRITTEN)/run/best
-	$(EXAMPLE)/fastbert generate "The city was [MASK] in the 19th century." --length 1:3 --top-p 0.9 \
+	$(EXAMPLE)/fastbert generate "The city was [MASK] in the 19th century." --length 1:3 --top-p 0.5 \
 		--method gibbs --model $(WRITTEN)/run/best
 
 # Each takes one to two minutes. TRAIN, DEV, TEST and the options of `fastbert finetune`.
