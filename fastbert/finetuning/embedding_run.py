@@ -71,13 +71,14 @@ class EmbeddingFinetuning(Finetuning):
         for asked, name in (
             (request.balance, "--balance"),
             (request.label_smoothing, "--label-smoothing"),
-            (request.long != "cut", "--long windows"),
         ):
             if asked:
-                raise InputError(
-                    f"expected no {name} with embeddings, got it (fastbert embed --long windows "
-                    "reads long texts whole with what is trained)"
-                )
+                raise InputError(f"expected no {name} with embeddings, got it")
+        if request.long != "cut":
+            raise InputError(
+                "expected no --long windows with embeddings, got it; train on what --max-length "
+                "keeps, then fastbert embed --long windows reads texts whole"
+            )
         model = load_embedding_model(request.model, processes.device, frozen=False)
         encoder = model.transformers_model
         check_length(request, encoder.config)
@@ -99,8 +100,8 @@ class EmbeddingFinetuning(Finetuning):
         }
         self.lengths = np.minimum(found["train"], request.max_length).sum(1)
         self.size = math.ceil(request.batch_size / processes.count)
-        whole = self.size * self.lengths.mean() > request.device_tokens
-        self.pass_tokens = request.device_tokens if whole else None
+        in_parts = self.size * self.lengths.mean() > request.device_tokens
+        self.pass_tokens = request.device_tokens if in_parts else None
         stream = self._batches(0, world_size=processes.count)
         epochs = range(math.ceil(request.epochs))
         batches = sum(len(stream.sampler(self.data, epoch)) for epoch in epochs)
