@@ -327,6 +327,8 @@ def test_the_commands(run, tiny_folder, text_cache, tmp_path):
     code, out, err = run("evaluate", data, "--model", best, "--device", "cpu", *cache)
     scores = json.loads(out)
     assert code == 0 and scores["rows"] == 80 and 0 < scores["ndcg@10"] <= 1
+    code, _, err = run("evaluate", data, "--model", best, "--long", "windows", *cache)
+    assert code == 3 and "--long cut for embeddings" in err
     code, _, err = run("predict", data, "-o", tmp_path / "x.jsonl", "--model", best, *cache)
     assert code == 3 and "fastbert embed is for embeddings" in err
     pairs = write(tmp_path / "pairs.jsonl", rows_of("similarity", 20))

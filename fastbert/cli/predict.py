@@ -126,6 +126,11 @@ def evaluate(
 
     table = read_table(file, cache_dir)
     if (task := embedding_task_of(model, table)) is not None:
+        if long is LongText.windows:
+            raise InputError(
+                "expected --long cut for embeddings, got windows; evaluators of "
+                "sentence-transformers read what --max-length keeps"
+            )
         task.check(table)
         scores = task.scores(_embedding_model(model, device, dtype, max_length), table)
         typer.echo(json.dumps({"rows": len(table), **scores}))
