@@ -2,15 +2,14 @@
 
 from .families.bert import BertModel
 from .families.bert_heads import (
-    BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
-    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
 )
+from .families.bert_masked_lm import BertForMaskedLM, BertForPreTraining
 
 __all__ = [
     "BertForMaskedLM",

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import tiny_config
+from tiny import specified_by, tiny_config
 
 import fastbert
+from fastbert.testing import assert_matches
 from fastbert.training import Masking, PackedCollator
 
 pytestmark = pytest.mark.usefixtures("on_torch")
@@ -147,24 +148,29 @@ def test_choices_have_the_logits_and_the_loss_of_transformers():
     theirs.load_state_dict(ours.state_dict())
     packed, padded = both(questions(3, 3, 3), ours)
     assert padded["input_ids"].shape == (3, 3, 12) and packed["num_choices"].tolist() == [3, 3, 3]
-    close = {"atol": 1e-5, "rtol": 1e-5}
+    specification, parameters = specified_by(
+        theirs, lambda output: [output.logits, output.loss], **padded
+    )
     with torch.no_grad():
-        expected = theirs(**padded)
         for batch in (packed, padded):
-            torch.testing.assert_close(ours(**batch).logits, expected.logits, **close)
-            torch.testing.assert_close(ours(**batch).loss, expected.loss, **close)
+            output = ours(**batch)
+            assert_matches([output.logits, output.loss], specification, parameters, "choices")
         ragged = questions(2, 4, 1)
         batch = PackedCollator(ours)(ragged)
         found = ours(**batch)
-        alone = [theirs(**PackedCollator(padded=True)([question])) for question in ragged]
         assert found.logits.shape == (3, 4)
-        for row, one in zip(found.logits, alone, strict=True):
-            torch.testing.assert_close(row[: one.logits.numel()], one.logits[0], **close)
-            assert (row[one.logits.numel() :] == torch.finfo(torch.float32).min).all()
-        mean = torch.stack([one.loss for one in alone]).mean()
-        torch.testing.assert_close(found.loss, mean, **close)
+        losses = []
+        for row, question in zip(found.logits, ragged, strict=True):
+            one = PackedCollator(padded=True)([question])
+            count = one["input_ids"].shape[1]
+            specification, parameters = specified_by(theirs, lambda out: out.logits[0], **one)
+            assert_matches(row[:count], specification, parameters, f"{count} choices")
+            assert (row[count:] == torch.finfo(torch.float32).min).all()
+            losses.append(torch.nn.functional.cross_entropy(row[None, :count], one["labels"]))
+        mean = torch.stack(losses).mean()
+        torch.testing.assert_close(found.loss, mean)
         share = ours(**batch, num_items_in_batch=6, return_dict=False)[0]
-        torch.testing.assert_close(share, mean / 2, **close)
+        torch.testing.assert_close(share, mean / 2)
         del batch["num_choices"], batch["labels"]
         assert ours(**batch).logits.shape == (1, 7)
 

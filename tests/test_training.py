@@ -42,9 +42,9 @@ def close(actual: dict, expected: dict) -> None:
 def test_without_logits_the_head_sees_labelled_tokens_only(head, device, each_backend, monkeypatch):
     theirs, ours, inputs = masked_lm(device, head)
     rows = []
-    real = fastbert.families.bert_heads.summed_cross_entropy
+    real = fastbert.families.bert_masked_lm.summed_cross_entropy
     monkeypatch.setattr(
-        fastbert.families.bert_heads,
+        fastbert.families.bert_masked_lm,
         "summed_cross_entropy",
         lambda x, *rest: (rows.append(x.shape[0]), real(x, *rest))[1],
     )
