@@ -140,7 +140,7 @@ class Given(sentence_transformers.SentenceTransformerTrainer):
 @pytest.mark.parametrize(
     ("kind", "device_tokens"),
     [("negatives", 8192), pytest.param("retrieval", 64, marks=pytest.mark.slow),
-     pytest.param("similarity", 8192, marks=pytest.mark.slow)],
+     pytest.param("similarity", 64, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_losses_of_sentence_transformers(
     finetune, request_for, tmp_path, tiny_folder, kind, device_tokens
@@ -148,8 +148,11 @@ def test_the_losses_of_sentence_transformers(
     """In every step, without dropout; in parts too, where a batch is more than a pass."""
     options = {"dropout": 0.0, "learning_rate": 1e-3, "device_tokens": device_tokens}
     ours = prepare(request_for(kind, **options))
-    assert (ours.pass_tokens is None) is (device_tokens == 8192)
+    passes = []
+    ours.model[0].register_forward_hook(lambda *_: passes.append(1))
     ours.train()
+    calls = ours.steps * (2 + (kind == "negatives"))
+    assert (len(passes) > 3 * calls) is (device_tokens < 8192)
     found = [line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line]
     theirs = sentence_transformers.SentenceTransformer(str(tiny_folder), device="cpu")
     theirs.max_seq_length = 40
@@ -194,6 +197,35 @@ def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, options):
         one, other = (weights_of(tmp_path / name / folder) for name in ("whole", "parts"))
         assert not any("lora" in name for name in one)
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_what_only_the_end_of_a_text_says_is_learned(run, request_for, text_cache, tmp_path):
+    """Cut, passages are all the same; evaluate says what the run has said."""
+
+    def rows(count, seed):
+        filler = " ".join(["the of is a in and"] * 5)
+        return [row | {"passage": f"{filler} {row['passage']}"}
+                for row in rows_of("retrieval", count, seed)]  # fmt: skip
+
+    test = write(tmp_path / "test.jsonl", rows(40, 1))
+    options = {"rows": rows(160, 0), "test": test, "max_length": 20, "device_tokens": 512}
+    scores = {}
+    for long in ("cut", "windows"):
+        prepared = prepare(request_for(output=long, long=long, epochs=12, **options))
+        assert (prepared.cut["train"] > 0) is (long == "cut")
+        scores[long] = prepared.train().scores
+    assert scores["windows"]["ndcg@10"] > scores["cut"]["ndcg@10"] + 0.3
+    best = tmp_path / "windows/best"
+    assert "--long windows" in (tmp_path / "windows/final/README.md").read_text("utf-8")
+    code, out, err = run(
+        "evaluate", test, "--model", best, "--long", "windows", "--device", "cpu",
+        "--cache-dir", text_cache,
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out) == {"rows": 40, **scores["windows"]}
+    modules = json.loads((best / "modules.json").read_text())
+    assert all(each["type"].startswith("sentence_transformers.") for each in modules)
 
 
 @pytest.mark.slow
@@ -303,7 +335,7 @@ def test_words_alone_are_scored_as_models_are():
         ([{"text_a": "a", "text_b": "b", "score": 1.0}] * 8, {}, "there is nothing to learn"),
         ([{"text_a": "a", "text_b": "b", "score": str(i)} for i in range(8)], {},
          "a number in 'score', row 1 .* got '0'"),
-        (rows_of("retrieval", 8), {"long": "windows"}, "no --long windows with embeddings"),
+        (rows_of("retrieval", 8), {"long": "window"}, "--long cut or windows, got 'window'"),
         (rows_of("retrieval", 8), {"balance": True}, "no --balance with embeddings"),
         (rows_of("retrieval", 8), {"max_length": 41}, "--max-length of at most 40"),
     ],
@@ -327,8 +359,6 @@ def test_the_commands(run, tiny_folder, text_cache, tmp_path):
     code, out, err = run("evaluate", data, "--model", best, "--device", "cpu", *cache)
     scores = json.loads(out)
     assert code == 0 and scores["rows"] == 80 and 0 < scores["ndcg@10"] <= 1
-    code, _, err = run("evaluate", data, "--model", best, "--long", "windows", *cache)
-    assert code == 3 and "--long cut for embeddings" in err
     code, _, err = run("predict", data, "-o", tmp_path / "x.jsonl", "--model", best, *cache)
     assert code == 3 and "fastbert embed is for embeddings" in err
     pairs = write(tmp_path / "pairs.jsonl", rows_of("similarity", 20))

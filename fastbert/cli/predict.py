@@ -13,8 +13,7 @@ from ..tasks.errors import InputError
 from .options import Device, Dtype, Long, LongText, OnBadRow, OnError, Resume, needing
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
+    from ..finetuning.embedding_model import SentenceEncoder
     from ..finetuning.predicting import Predictor
 
 __all__ = ["answer", "classify", "evaluate", "predict"]
@@ -52,13 +51,16 @@ def _predictor(
 
 
 def _embedding_model(
-    model: str, device: str, dtype: str, max_length: int | None
-) -> SentenceTransformer:
-    from ..finetuning.embedding_run import load_embedding_model
+    model: str, device: str, dtype: str, max_length: int | None, long: LongText
+) -> SentenceEncoder:
+    from ..finetuning.embedding_model import load_embedding_model
     from ..tasks.loading import resolve_device, resolve_dtype
 
     where = resolve_device(device)
-    return load_embedding_model(model, where, resolve_dtype(dtype, where), max_length)
+    windows = long is LongText.windows
+    return load_embedding_model(
+        model, where, resolve_dtype(dtype, where), max_length, windows=windows
+    )
 
 
 def predict(
@@ -126,13 +128,9 @@ def evaluate(
 
     table = read_table(file, cache_dir)
     if (task := embedding_task_of(model, table)) is not None:
-        if long is LongText.windows:
-            raise InputError(
-                "expected --long cut for embeddings, got windows; evaluators of "
-                "sentence-transformers read what --max-length keeps"
-            )
         task.check(table)
-        scores = task.scores(_embedding_model(model, device, dtype, max_length), table)
+        encoder = _embedding_model(model, device, dtype, max_length, long)
+        scores = task.scores(encoder, table)
         typer.echo(json.dumps({"rows": len(table), **scores}))
         return
     predictor = _predictor(model, device, dtype, max_length, long)

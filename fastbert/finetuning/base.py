@@ -215,12 +215,18 @@ class Finetuning(ABC):
             f"| {what} | {html.escape(text, quote=False)} |" for what, text in self.report().lines()
         )
         more = "\n".join(verdict.lines())
+        longer = ""
+        if self.request.long == "windows":
+            longer = (
+                f" Longer texts were read in windows of {self.request.max_length} tokens; pass "
+                "`--long windows` to have them read so again."
+            )
         (folder / "README.md").write_text(
             f"---\nlibrary_name: {self.library}\npipeline_tag: {self.pipeline}\n---\n\n"
             f"# {Path(self.request.output).name}\n\n"
             f"A BERT, fine-tuned by `fastbert finetune` ({fastbert.__version__}) from "
             f"{Path(self.request.model).name}. This is the last model of the run; `best` beside it "
-            f"is the one that was scored.\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n\n"
+            f"is the one that was scored.{longer}\n\n| | |\n|---|---|\n{rows}\n\n{verdict}\n\n"
             f"```\n{more}\n```\n",
             "utf-8",
         )

@@ -104,15 +104,8 @@ class Embedding(ABC):
         """As the collator takes them."""
 
     @abstractmethod
-    def loss(
-        self, model: SentenceTransformer, pass_tokens: int | None, processes: int
-    ) -> nn.Module:
-        """What is trained.
-
-        Args:
-            pass_tokens: of a forward and backward pass, where a batch has more.
-            processes: that train together.
-        """
+    def loss(self, model: SentenceTransformer, processes: int) -> nn.Module:
+        """What is trained by so many processes."""
 
     @abstractmethod
     def prompts(self, model: SentenceTransformer) -> dict[str, str]:
@@ -154,17 +147,10 @@ class Retrieval(Embedding):
     def rows(self, table: Table) -> list[dict[str, Any]]:
         return [dict(zip(self.columns, row, strict=True)) for row in table.rows(self.columns)]
 
-    def loss(
-        self, model: SentenceTransformer, pass_tokens: int | None, processes: int
-    ) -> nn.Module:
+    def loss(self, model: SentenceTransformer, processes: int) -> nn.Module:
         from sentence_transformers.sentence_transformer import losses
 
-        gather = processes > 1
-        if pass_tokens is None:
-            return losses.MultipleNegativesRankingLoss(model, gather_across_devices=gather)
-        return losses.CachedMultipleNegativesRankingLoss(
-            model, mini_batch_num_tokens=pass_tokens, gather_across_devices=gather
-        )
+        return losses.MultipleNegativesRankingLoss(model, gather_across_devices=processes > 1)
 
     def prompts(self, model: SentenceTransformer) -> dict[str, str]:
         passage = next(
@@ -258,9 +244,7 @@ class Similarity(Embedding):
         rows = zip(table.rows(self.columns), self._gold(table), strict=True)
         return [{"text_a": a, "text_b": b, "score": score} for (a, b), score in rows]
 
-    def loss(
-        self, model: SentenceTransformer, pass_tokens: int | None, processes: int
-    ) -> nn.Module:
+    def loss(self, model: SentenceTransformer, processes: int) -> nn.Module:
         from sentence_transformers.sentence_transformer import losses
 
         return losses.CoSENTLoss(model)

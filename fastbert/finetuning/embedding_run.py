@@ -5,52 +5,30 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-import fastbert
-
 from ..tasks.errors import InputError
-from ..tasks.loading import load_sentence_transformer, weights_digest
+from ..tasks.loading import weights_digest
+from ..tasks.windows import Windows, encode_rows
 from ..training.run import Processes
 from ..training.run_folder import RunFolder
 from .base import Finetuning, check_length
 from .embedding import Embedding
+from .embedding_model import load_embedding_model
 from .embedding_trainer import EmbeddingBatches, EmbeddingTrainer
 from .partly import partly
 from .report import DataReport, Verdict, report_on
 from .request import Request
 from .table import Splits, Table
 
-__all__ = ["EmbeddingFinetuning", "load_embedding_model"]
+__all__ = ["EmbeddingFinetuning"]
 
 _WORDS_ALONE = "words alone (TF-IDF)"
-
-
-def load_embedding_model(
-    source: str | Path,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    max_length: int | None = None,
-    *,
-    frozen: bool = True,
-) -> SentenceTransformer:
-    """An accelerated model of sentence-transformers; a plain checkpoint gets mean pooling.
-
-    Raises:
-        LoadError: no usable model there.
-    """
-    model = load_sentence_transformer(source, device=device, dtype=dtype)
-    fastbert.accelerate(model, frozen=frozen)
-    if max_length is not None:
-        model.max_seq_length = max_length
-    return model
 
 
 class EmbeddingFinetuning(Finetuning):
@@ -74,19 +52,18 @@ class EmbeddingFinetuning(Finetuning):
         ):
             if asked:
                 raise InputError(f"expected no {name} with embeddings, got it")
-        if request.long != "cut":
-            raise InputError(
-                "expected no --long windows with embeddings, got it; train on what --max-length "
-                "keeps, then fastbert embed --long windows reads texts whole"
-            )
-        model = load_embedding_model(request.model, processes.device, frozen=False)
+        self._reading = {
+            "max_length": request.max_length,
+            "windows": request.long == "windows",
+            "pass_tokens": request.device_tokens,
+        }
+        model = load_embedding_model(request.model, processes.device, frozen=False, **self._reading)
         encoder = model.transformers_model
         check_length(request, encoder.config)
         digest = weights_digest(model)
         new = [] if model.module_kwargs else ["mean pooling"]
         super().__init__(request, processes, splits, digest, new)
         self.task, self.name, self.best, self.labels = task, task.name, task.best, []
-        model.max_seq_length = request.max_length
         _set_dropout(model, request.dropout)
         if encoder.pooler is not None and "pooler_output" not in str(model[0].modality_config):
             encoder.pooler.requires_grad_(False)  # nothing comes of it
@@ -95,13 +72,12 @@ class EmbeddingFinetuning(Finetuning):
         self.data = datasets.Dataset.from_list(task.rows(splits.train))
         found = {name: self._lengths(table) for name, table in self.tables().items()}
         self.cut = {
-            name: int((lengths > request.max_length).any(1).sum())
+            name: 0 if model.windows else int((lengths > request.max_length).any(1).sum())
             for name, lengths in found.items()
         }
-        self.lengths = np.minimum(found["train"], request.max_length).sum(1)
+        seen = found["train"] if model.windows else np.minimum(found["train"], request.max_length)
+        self.lengths = seen.sum(1)
         self.size = math.ceil(request.batch_size / processes.count)
-        in_parts = self.size * self.lengths.mean() > request.device_tokens
-        self.pass_tokens = request.device_tokens if in_parts else None
         stream = self._batches(0, world_size=processes.count)
         epochs = range(math.ceil(request.epochs))
         batches = sum(len(stream.sampler(self.data, epoch)) for epoch in epochs)
@@ -118,12 +94,14 @@ class EmbeddingFinetuning(Finetuning):
         return EmbeddingBatches(self.data, self.size, count, **options)
 
     def _lengths(self, table: Table) -> np.ndarray:
-        """Tokens of every text, ``[rows, columns]``, before any is cut."""
-        tokenize = self.model.tokenizer
-        columns = [
-            [len(ids) for ids in tokenize(table.column(name), verbose=False)["input_ids"]]
-            for name in self.task.columns
-        ]
+        """Tokens of every text, ``[rows, columns]``, before any is cut, or in windows."""
+        model, prompts, columns = self.model, self.task.prompts(self.model), []
+        for name in self.task.columns:
+            prompt = prompts.get(name)
+            rows, _ = encode_rows(model, table.column(name), prompt, whole=True)
+            lengths = [len(row["input_ids"]) for row in rows]
+            windows = Windows(model, prompt) if model.windows else None
+            columns.append([windows.tokens(n) for n in lengths] if windows else lengths)
         return np.array(columns).T
 
     def report(self) -> DataReport:
@@ -155,7 +133,7 @@ class EmbeddingFinetuning(Finetuning):
         return EmbeddingTrainer(
             self.model.train(),
             args,
-            loss=self.task.loss(self.model, self.pass_tokens, self.processes.count),
+            loss=self.task.loss(self.model, self.processes.count),
             callbacks=callbacks,
             task=self.task,
             dataset=self.data,
@@ -168,7 +146,7 @@ class EmbeddingFinetuning(Finetuning):
         )
 
     def verdict(self, untrained: float, run: RunFolder, overhead: float | None) -> Verdict:
-        best = load_embedding_model(run.path / "best", self.processes.device)
+        best = load_embedding_model(run.path / "best", self.processes.device, **self._reading)
         table = self.tables()[self.scored]
         verdict = self.verdict_of(
             run,

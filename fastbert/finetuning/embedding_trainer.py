@@ -20,6 +20,7 @@ from ..training.batches import BatchStream
 from ..training.run_folder import RunFolder
 from ..training.trainer import InRun
 from .embedding import Embedding
+from .embedding_model import OWNERS
 from .table import Table
 
 __all__ = ["EmbeddingBatches", "EmbeddingTrainer"]
@@ -109,7 +110,7 @@ class EmbeddingTrainer(InRun, SentenceTransformerTrainer):
         rows = datasets.Dataset.from_list(task.rows(dev))
         super().__init__(model, args, dataset, rows, loss, callbacks=callbacks)
         self.task, self.dev, self.best = task, dev, task.best
-        self._dev_size, self._dev_loss = dev_size, task.loss(model, None, 1)
+        self._dev_size, self._dev_loss = dev_size, task.loss(model, 1)
         self.enter(run, batches, evaluates=True, patience=patience, stop=stop)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -119,8 +120,9 @@ class EmbeddingTrainer(InRun, SentenceTransformerTrainer):
         return sum(x.sum() for name, x in inputs.items() if name.endswith("_attention_mask"))
 
     def count(self, inputs: dict[str, Any], outputs: Any) -> list[Tensor]:
-        ids = next(x for name, x in inputs.items() if name.endswith("_input_ids"))
-        return [ids.new_tensor(len(ids))]
+        column = self.task.columns[0]
+        owners, ids = inputs.get(f"{column}_{OWNERS}"), inputs[f"{column}_input_ids"]
+        return [ids.new_tensor(len(ids)) if owners is None else owners[-1] + 1]
 
     def told(self, counts: list[int]) -> dict[str, float]:
         return {"rows": counts[0]}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,19 +21,15 @@ from torch import Tensor, nn
 import fastbert
 
 from .errors import LoadError
-from .loading import add_to_digest, load_sentence_transformer, quiet
+from .loading import add_to_digest, load_sentence_transformer
+from .windows import Row, Windows, encode_rows, mean_of_windows, pad_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["WINDOW", "Batch", "Embedder", "Prepared", "batches_by_tokens"]
 
 WINDOW = 1024  # texts that are sorted by length, encoded and written together
-STRIDE = 4  # windows of a long text share a quarter of their tokens
-# The ids of each text as a list: how many there are decides about the batch.
-_AS_LISTS = {"common": {"return_tensors": None}, "text": {"padding": False}}
-_WHOLE = {**_AS_LISTS, "text": {"padding": False, "truncation": False}}
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -117,8 +112,7 @@ class Embedder:
                 f"{type(model[0]).__name__}, which gives {', '.join(probe)}; use "
                 "SentenceTransformer.encode for it"
             )
-        if windows:
-            self._room = _room(model.tokenizer, self.prompt, self.max_length)
+        self._windows = Windows(model, self.prompt) if windows else None
         # The same for every text: the modality, and how much of it the prompt is.
         self._shared = {k: v for k, v in probe.items() if not isinstance(v, Tensor)}
         try:
@@ -189,46 +183,21 @@ class Embedder:
         add_to_digest(found, self.model.state_dict())
         return found.hexdigest()
 
-    def tokenize(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+    def tokenize(self, texts: Sequence[str]) -> list[Row]:
         """Ids, types and mask of each text, cut to the maximum length or, for windows, whole."""
         if not texts:
             return []
-        with quiet() if self.windows else nullcontext():  # transformers warns of long texts
-            encoded = self.model.preprocess(
-                list(texts),
-                prompt=self.prompt,
-                processing_kwargs=_WHOLE if self.windows else _AS_LISTS,
-            )
-        names = [name for name in encoded if name not in self._shared]
-        columns = (encoded[name] for name in names)
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return encode_rows(self.model, texts, self.prompt, whole=self.windows)[0]
 
-    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A padded batch, ``[B, S]`` each, as the tokenizer pads."""
-        tokenizer = self.model.tokenizer
-        padded = dict(self._shared)
-        length = max(len(row["input_ids"]) for row in rows)
-        fills = {
-            "input_ids": tokenizer.pad_token_id or 0,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
-        left = tokenizer.padding_side == "left"
-        for name in rows[0]:
-            grid = np.full((len(rows), length), fills.get(name, 0), dtype=np.int64)
-            for line, row in zip(grid, rows, strict=True):
-                values = row[name]
-                if left:
-                    line[length - len(values) :] = values
-                else:
-                    line[: len(values)] = values
-            padded[name] = torch.from_numpy(grid)
-        return padded
+        return {**self._shared, **pad_rows(rows, self.model.tokenizer)}
 
     def prepare(self, texts: Sequence[str], batch_tokens: int = 16384) -> Prepared:
         """Texts as batches of at most ``batch_tokens`` real tokens."""
         rows, owners = self.tokenize(texts), None
-        if self.windows:
-            parts = [self._windows(row) for row in rows]
+        if self._windows is not None:
+            parts = [self._windows.split(row) for row in rows]
             owners = np.repeat(np.arange(len(rows)), [len(part) for part in parts])
             rows = [window for part in parts for window in part]
         lengths = [len(row["input_ids"]) for row in rows]
@@ -237,20 +206,6 @@ class Embedder:
             for indices in batches_by_tokens(lengths, batch_tokens)
         ]
         return Prepared(len(texts), batches, owners)
-
-    def _windows(self, row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
-        """A text in windows of the maximum length, each with the first tokens and the last one."""
-        head, room = self._room
-        body = len(row["input_ids"]) - head - 1
-        step = room - self.max_length // STRIDE
-        starts = range(0, max(body - room, 0) + step, step)
-        return [
-            {
-                name: [*ids[:head], *ids[head:-1][start : start + room], ids[-1]]
-                for name, ids in row.items()
-            }
-            for start in starts
-        ]
 
     def encode(self, features: dict[str, Any]) -> np.ndarray:
         """``[B, E]`` in fp32 of a padded batch."""
@@ -289,20 +244,10 @@ class Embedder:
         parts = torch.cat([self._encode(batch.features) for batch in batches])
         out = torch.empty_like(parts)
         out[[index for batch in batches for index in batch.indices]] = parts
-        if owners is not None:
-            out = self._mean(out, torch.from_numpy(owners), number)
+        if self._windows is not None:
+            out = mean_of_windows(self.model, out, torch.from_numpy(owners))
         assert len(out) == number
         return self._finish(out).numpy()
-
-    def _mean(self, vectors: Tensor, owners: Tensor, number: int) -> Tensor:
-        """Over the windows of each text."""
-        counts = torch.bincount(owners, minlength=number)
-        total = vectors.new_zeros(number, vectors.shape[1]).index_add_(0, owners, vectors)
-        means = total / counts[:, None]
-        if type(self.model[-1]).__name__ == "Normalize":
-            several = counts > 1
-            means[several] = nn.functional.normalize(means[several], dim=-1)
-        return means
 
     def stream(
         self, texts: Iterable[str], *, batch_tokens: int = 16384, window: int = WINDOW
@@ -329,29 +274,6 @@ def _prompt(model: SentenceTransformer, prompt: str | None, name: str | None) ->
     if name is not None and name not in model.prompts:
         raise LoadError(f"expected a prompt of {sorted(model.prompts)}, got {name!r}")
     return model.prompts.get(model.default_prompt_name if name is None else name)
-
-
-def _room(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | None, max_length: int
-) -> tuple[int, int]:
-    """Tokens that stand before the text in every window, and room for the text behind them.
-
-    Raises:
-        LoadError: less of it than windows share.
-    """
-    if tokenizer.num_special_tokens_to_add() != 2:
-        raise LoadError(
-            "expected a tokenizer that puts one token before and one behind a text for windows, "
-            f"got one that adds {tokenizer.num_special_tokens_to_add()}"
-        )
-    head = 1 + len(tokenizer(prompt or "", add_special_tokens=False)["input_ids"])
-    room = max_length - head - 1
-    if room <= max_length // STRIDE:
-        raise LoadError(
-            f"expected windows with room for more than {max_length // STRIDE} tokens beside the "
-            f"prompt, got {room} in windows of {max_length}; make them longer"
-        )
-    return head, room
 
 
 def _for_what_follows(module: nn.Module, args: tuple, features: dict[str, Any]) -> dict[str, Any]:
