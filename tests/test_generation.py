@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -378,3 +379,12 @@ def test_scoring_is_compared_with_a_loop(minilm_folder):
     """That they say the same is asserted inside."""
     found = compare(sentences=9, parts=2, device="cpu")
     assert found.sentences == 9 and found.tokens > 50 and found.ratio > 0
+
+
+def test_the_documentation_runs(folder, capsys):
+    text = (Path(__file__).parents[1] / "docs/generation.md").read_text("utf-8")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    assert '"generate-example/run/best"' in program
+    exec(program.replace('"generate-example/run/best"', repr(str(folder))), {})
+    printed, shown = capsys.readouterr().out.splitlines(), text.partition("in this order")[2]
+    assert len(printed) == len(shown.split("```")[1].strip().splitlines()) == 10
