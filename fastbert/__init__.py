@@ -13,26 +13,12 @@ import os.path
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(
-        (
-            "BertForMaskedLM",
-            "BertForMultipleChoice",
-            "BertForNextSentencePrediction",
-            "BertForPreTraining",
-            "BertForQuestionAnswering",
-            "BertForSequenceClassification",
-            "BertForTokenClassification",
-            "BertLMHeadModel",
-            "BertModel",
-        ),
-        "fastbert.models",
-    ),
     "accelerate": "fastbert.acceleration",
     "backend": "fastbert.ops.backend",
 }
 _MODULES = ("ops", "packing", "testing")
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+_ALWAYS = ["__version__", *_HOME, *_MODULES]
 
 # The kernels live in the top-level folder kernels/ and are imported as fastbert.kernels. An
 # installed package has them inside this folder; in a checkout the root is searched too, but only
@@ -52,10 +38,18 @@ def __getattr__(name: str):
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
+    if name == "__all__":
+        return sorted(
+            [*_ALWAYS, *importlib.import_module("fastbert.families.registry").class_names()]
+        )
     if name[:1].isupper() or name == "pipeline":  # what people import beside a model
+        found = importlib.import_module("fastbert.families.registry").class_named(name)
+        if found is not None:
+            globals()[name] = found
+            return found
         return importlib.import_module("fastbert.families.borrowed").from_transformers(name)
     raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __getattr__("__all__")

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.bert.modeling_bert import BertModel as TheirBertModel
 
-from .families.bert_obstacle import obstacle
 from .families.drop_in import DropIn, check_config, clear_options, set_options, to_twins
 from .families.in_flight import changing
-from .models import BertModel
+from .families.model import PackedModel
+from .families.obstacle import obstacle
+from .families.registry import MODEL_TYPES, family_of
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -130,16 +130,20 @@ def accelerate(
             f"accelerate: expected a torch.nn.Module, got {type(model).__name__}; "
             "for a pipeline give pipeline.model"
         )
-    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, TheirBertModel)]
+    encoders = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (family := family_of(type(module))) is not None and isinstance(module, family.model)
+    ]
     if not encoders:
         found = [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)]
         inside = f"one with a {found[-1]}" if found else f"a {type(model).__name__} without one"
         raise ValueError(
-            f"accelerate: expected a model with a transformers BertModel inside, got {inside}; "
-            "BERT is the family that is covered"
+            f"accelerate: expected a model with a transformers encoder inside, got {inside}; "
+            f"covered are {', '.join(MODEL_TYPES)}"
         )
     for _, encoder in encoders:
-        check_config(encoder.config)
+        check_config(encoder.config, family_of(type(encoder)))
     with changing(model.modules()):
         changed = to_twins(model)
         try:
@@ -156,7 +160,7 @@ def accelerate(
     notes = []
     for name, encoder in encoders:
         where = name or type(encoder).__name__
-        if not isinstance(encoder, BertModel):
+        if not isinstance(encoder, PackedModel):
             reason = f"{type(encoder).__name__} is a subclass with code of its own"
         else:
             reason = obstacle(encoder)

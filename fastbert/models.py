@@ -1,24 +1,17 @@
-"""The drop-in classes, under the names that transformers gives them."""
+"""The drop-in classes, under the names that transformers gives them.
 
-from .families.bert import BertModel
-from .families.bert_heads import (
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-)
-from .families.bert_masked_lm import BertForMaskedLM, BertForPreTraining
+A name's family is loaded when the name is asked for (`fastbert.families.registry`).
+"""
 
-__all__ = [
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertLMHeadModel",
-    "BertModel",
-]
+from .families import registry
+
+
+def __getattr__(name: str) -> type:
+    found = None if name.startswith("_") else registry.class_named(name)
+    if found is None:
+        raise AttributeError(f"module 'fastbert.models' has no attribute {name!r}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return registry.class_names()

@@ -8,7 +8,7 @@ import transformers
 from tiny import pair, tiny_config
 
 import fastbert
-from fastbert.families.bert_obstacle import obstacle
+from fastbert.families.obstacle import obstacle
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 SOURCE = torch.randint(5, 99, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import transformers
 from tiny import INPUTS, RIGHT, assert_as_good, pair, tiny_config
 
 import fastbert
-from fastbert.families.bert_obstacle import obstacle
+from fastbert.families.obstacle import obstacle
 from fastbert.ops.backend import interpreting
 
 pytestmark = pytest.mark.usefixtures("on_torch")
@@ -25,7 +25,7 @@ def _inference():
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_said(monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert_obstacle._said", set())
+    monkeypatch.setattr("fastbert.families.obstacle._said", set())
 
 
 def assert_same(theirs, ours, packed: bool = True):
@@ -138,7 +138,7 @@ def test_accelerate_finds_bert_inside_other_modules():
 
 
 def test_accelerate_says_what_it_cannot_do(caplog):
-    with pytest.raises(ValueError, match="BertModel inside, got a Linear"):
+    with pytest.raises(ValueError, match="encoder inside, got a Linear"):
         fastbert.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got str"):
         fastbert.accelerate("bert-base-uncased")

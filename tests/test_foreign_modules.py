@@ -13,7 +13,7 @@ from torch import nn
 
 import fastbert
 from fastbert.families import known
-from fastbert.families.bert_obstacle import obstacle
+from fastbert.families.obstacle import obstacle
 from fastbert.training import PackedCollator
 
 pytestmark = pytest.mark.usefixtures("on_torch")
@@ -28,7 +28,7 @@ def _inference():
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_said(monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert_obstacle._said", set())
+    monkeypatch.setattr("fastbert.families.obstacle._said", set())
 
 
 class MeanPool(nn.Module):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny import INPUTS, assert_as_good, pair
 
-from fastbert.families.bert_obstacle import obstacle
+from fastbert.families.obstacle import obstacle
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 
 
 @pytest.fixture(autouse=True)
 def _inference(monkeypatch):
-    monkeypatch.setattr("fastbert.families.bert_obstacle._said", set())
+    monkeypatch.setattr("fastbert.families.obstacle._said", set())
     with torch.no_grad():
         yield
 

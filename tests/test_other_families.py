@@ -1,4 +1,4 @@
-"""Checkpoints and names that are not BERT's: refused, or transformers' own."""
+"""Checkpoints and names of other families than asked for: refused, or transformers' own."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_a_checkpoint_of_another_family_is_refused(ours, theirs, tmp_path):
     """Its weights would fit, and its positions would be others."""
     config = transformers.RobertaConfig(**SIZES)
     getattr(transformers, theirs)(config).save_pretrained(tmp_path)
-    message = f"type 'bert', got 'roberta' .*transformers.{theirs} is the class"
+    message = f"type 'bert', got 'roberta' .*fastbert.{theirs} is the class"
     with pytest.raises(ValueError, match=message):
         getattr(fastbert, ours).from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -45,9 +45,9 @@ def test_accelerate_names_what_it_found():
     class Mine(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))
+            self.encoder = transformers.MPNetForMaskedLM(transformers.MPNetConfig(**SIZES))
 
-    with pytest.raises(ValueError, match="got one with a RobertaModel; BERT is the family"):
+    with pytest.raises(ValueError, match="got one with a MPNetModel; covered are bert, roberta"):
         fastbert.accelerate(Mine())
 
 
@@ -59,7 +59,7 @@ def test_what_stands_beside_a_model_is_transformers_own():
     assert AutoTokenizer is transformers.AutoTokenizer
 
 
-@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM", "RobertaModel", "pipeline"])
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM", "MPNetModel", "pipeline"])
 def test_another_model_is_not_imported_in_silence(name):
     with pytest.raises(ImportError, match=rf"fastbert has no {name}: .*fastbert\.accelerate"):
         exec(f"from fastbert import {name}")

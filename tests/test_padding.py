@@ -5,7 +5,7 @@ import torch
 from tiny import INPUTS, RIGHT, inputs_for, pair
 
 import fastbert
-from fastbert.families.bert_obstacle import obstacle
+from fastbert.families.obstacle import obstacle
 
 REAL = RIGHT.bool()
 FLAGS = {"output_hidden_states": True}

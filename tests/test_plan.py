@@ -11,7 +11,7 @@ from tiny import INPUTS, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.families import bert_plan
+from fastbert.families import plan
 
 
 def model() -> fastbert.BertModel:
@@ -67,9 +67,9 @@ def test_whatever_a_layer_computes_with_may_change(change):
 def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypatch):
     ours = model()
     reads, calls = [], []
-    read, call = fastbert.families.bert._layer_weights, type(ours.encoder.layer[0]).__call__
+    read, call = fastbert.families.model._layer_weights, type(ours.encoder.layer[0]).__call__
     monkeypatch.setattr(
-        fastbert.families.bert, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
+        fastbert.families.model, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
     )
     monkeypatch.setattr(
         type(ours.encoder.layer[0]), "__call__",
@@ -94,5 +94,5 @@ def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypa
 def test_a_copy_has_read_nothing():
     ours = model()
     hidden(ours)
-    assert ours.__dict__[bert_plan._PLAN] is not None
-    assert copy.deepcopy(ours).__dict__.get(bert_plan._PLAN) is None
+    assert ours.__dict__[plan._PLAN] is not None
+    assert copy.deepcopy(ours).__dict__.get(plan._PLAN) is None

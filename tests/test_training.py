@@ -42,9 +42,9 @@ def close(actual: dict, expected: dict) -> None:
 def test_without_logits_the_head_sees_labelled_tokens_only(head, device, each_backend, monkeypatch):
     theirs, ours, inputs = masked_lm(device, head)
     rows = []
-    real = fastbert.families.bert_masked_lm.summed_cross_entropy
+    real = fastbert.families.masked_lm.summed_cross_entropy
     monkeypatch.setattr(
-        fastbert.families.bert_masked_lm,
+        fastbert.families.masked_lm,
         "summed_cross_entropy",
         lambda x, *rest: (rows.append(x.shape[0]), real(x, *rest))[1],
     )
@@ -374,14 +374,14 @@ def test_attentions_of_packed_sequences_are_apart(device, each_backend):
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "torch's wrapper"])
 def test_a_forced_backend_rules_the_recomputation(how, device, each_backend, monkeypatch):
-    from fastbert.families import bert
+    from fastbert.families import model as bert
 
     _, ours, inputs = masked_lm(device)
     if how == "torch's wrapper":
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
 
         wrapping.apply_activation_checkpointing(
-            ours, check_fn=lambda module: isinstance(module, bert.BertLayer)
+            ours, check_fn=lambda module: isinstance(module, bert.PackedLayer)
         )
     else:
         enable = getattr(ours, "activation_checkpointing_enable", None)
@@ -405,7 +405,7 @@ def test_a_function_that_names_the_backend_can_be_pickled_with_its_globals():
     """As dill does with recurse=True, which datasets uses for its fingerprints."""
     import pickle
 
-    from fastbert.families import bert
+    from fastbert.families import model as bert
     from fastbert.ops import backend
 
     assert pickle.loads(pickle.dumps(backend._choice)) is backend._choice

@@ -27,7 +27,7 @@ def from_transformers(name: str) -> Any:
         inside = "the pipeline's .model" if name == "pipeline" else "it"
         raise ImportError(
             f"fastbert has no {name}: take transformers' own, model = {made}, and give {inside} to "
-            "fastbert.accelerate, which makes the BERT inside fast; it says so if there is none",
+            "fastbert.accelerate, which makes the encoder inside fast; it says so if there is none",
             name="fastbert",
         )
     return value
@@ -35,9 +35,9 @@ def from_transformers(name: str) -> Any:
 
 def class_for(class_name: str, model_type: str) -> str:
     """The class of transformers that does for another type of model what ``class_name`` does for
-    BERT."""
+    its own."""
     for mapping in (v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")):
-        if mapping.get("bert") == class_name and model_type in mapping:
+        if class_name in mapping.values() and model_type in mapping:
             found = mapping[model_type]
             return found if isinstance(found, str) else found[0]
     return "AutoModel"

@@ -3,29 +3,87 @@
 from __future__ import annotations
 
 import copyreg
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..frozen import Frozen
 from ..graphs import CudaGraphs
 from .borrowed import class_for
+from .family import Family
 from .in_flight import calling
 from .known import is_own
 
-__all__ = ["DropIn", "check_config", "clear_options", "set_options", "to_twins", "twin", "twin_of"]
+__all__ = [
+    "DropIn",
+    "check_config",
+    "clear_options",
+    "make_twin",
+    "set_options",
+    "to_twins",
+    "twin_of",
+]
 
-# transformers' class -> the class that replaces it; families fill it with `twin`.
+# transformers' class -> the class that replaces it; families fill it with `make_twin`.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def twin(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: instances of the last base, transformers' class, can become a ``cls``."""
-    _TWINS[cls.__bases__[-1]] = cls
-    return cls
+def make_twin(
+    theirs: type[nn.Module],
+    kind: type,
+    *,
+    name: str,
+    module: str,
+    family: Family,
+    **settings: Any,
+) -> type[nn.Module]:
+    """A class whose instances can stand in the place of transformers'.
+
+    Args:
+        theirs: transformers' class.
+        kind: how it runs packed; a ``run`` of it gets every call with its arguments by name.
+        name, module: where the class can be found.
+        family: whose class it is.
+        settings: attributes of the class.
+    """
+    doc = f"``transformers.{theirs.__name__}``. {inspect.getdoc(kind)}"
+    namespace = {"__module__": module, "__doc__": doc, "family": family, "theirs": theirs}
+    if hasattr(kind, "run"):
+        namespace["forward"] = _by_name(theirs, kind)
+    _TWINS[theirs] = type(name, (kind, theirs), {**namespace, **settings})
+    return _TWINS[theirs]
+
+
+def _by_name(theirs: type[nn.Module], kind: type[DropIn]) -> Callable:
+    """A forward with the signature of transformers' own, which tools read, and ``kind``'s further
+    arguments."""
+    signature = inspect.signature(theirs.forward)
+    given = list(signature.parameters.values())
+    names = [p.name for p in given[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    further = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
+               for n in kind.further_arguments]  # fmt: skip
+    place = next((i for i, p in enumerate(given) if p.kind is p.VAR_KEYWORD), len(given))
+
+    @wraps(theirs.forward)
+    def forward(self, *args, **kwargs):
+        inputs = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or not inputs.keys().isdisjoint(kwargs):
+            signature.bind(self, *args, **kwargs)  # raises what Python would
+        inputs.update(kwargs)
+        return_dict = inputs.pop("return_dict", None)
+        output = kind.run(self, inputs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict or isinstance(output, tuple) else output.to_tuple()
+
+    forward.__signature__ = signature.replace(parameters=[*given[:place], *further, *given[place:]])
+    return forward
 
 
 def twin_of(cls: type[nn.Module]) -> type[nn.Module]:
@@ -86,6 +144,8 @@ class DropIn:
     """A transformers model that runs packed; comes first among the bases.
 
     Attributes:
+        family, theirs: whose class it is, and in whose place.
+        further_arguments: of a call, beside transformers'.
         padding: ``"zeros"``: hidden states at padding are zeros and nothing is computed there;
             ``"keep"``: they are computed, as in transformers.
         skip_logits: whether training with labels computes the logits of labelled tokens only and
@@ -94,6 +154,9 @@ class DropIn:
         frozen: what runs them from copies of their weights, or None.
     """
 
+    family: Family
+    theirs: type[PreTrainedModel]
+    further_arguments: tuple[str, ...] = ()
     padding = "zeros"
     skip_logits = False
     graphs: CudaGraphs | None = None
@@ -110,7 +173,7 @@ class DropIn:
         frozen: bool = False,
         **kwargs,
     ):
-        check_config(config)
+        check_config(config, self.family)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
         set_options(
@@ -160,8 +223,8 @@ def set_options(
     able = [m for m in inside if m._can_skip_logits]
     if skip_logits and not able:
         raise ValueError(
-            "skip_logits: expected a model with a masked-LM head (BertForMaskedLM, "
-            f"BertForPreTraining), got a {type(model).__name__}, which has no logits over the "
+            "skip_logits: expected a model with a masked-LM head (as BertForMaskedLM has), "
+            f"got a {type(model).__name__}, which has no logits over the "
             "vocabulary to leave out"
         )
     changed = []
@@ -207,28 +270,31 @@ def _check_type(cls: type[DropIn], source, kwargs: dict) -> None:
     expected = cls.config_class.model_type
     if kind in (None, expected) or isinstance(config, cls.config_class):
         return
+    from .registry import MODEL_TYPES  # which makes all the classes of this one
+
+    library = "fastbert" if kind in MODEL_TYPES else "transformers"
     raise ValueError(
         f"{cls.__name__}: expected a checkpoint of type {expected!r}, got {kind!r} in {source!r}; "
-        f"transformers.{class_for(cls.__name__, kind)} is the class for it"
+        f"{library}.{class_for(cls.theirs.__name__, kind)} is the class for it"
     )
 
 
-def check_config(config) -> None:
-    """Refuse a config that asks for something BERT in transformers 5 would silently leave out.
+def check_config(config: PreTrainedConfig, family: Family) -> None:
+    """Refuse a config that asks for something that transformers 5 would silently leave out.
 
     Raises:
         ValueError: a config of another family.
-        NotImplementedError: relative position embeddings, which transformers 5 no longer has for
-        BERT.
+        NotImplementedError: relative position embeddings, which transformers 5 no longer has.
     """
-    if not isinstance(config, BertConfig):
+    if not isinstance(config, family.config):
         raise ValueError(
-            f"fastbert: expected a transformers.BertConfig, got a {type(config).__name__}"
+            f"fastbert: expected a transformers.{family.config.__name__}, got a "
+            f"{type(config).__name__}"
         )
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise NotImplementedError(
             "fastbert: expected config.position_embedding_type='absolute', got "
-            f"{kind!r}. transformers 5 ignores this setting for BERT, so the model would compute "
-            "something else than it was trained for."
+            f"{kind!r}. transformers 5 ignores this setting, so the model would compute something "
+            "else than it was trained for."
         )

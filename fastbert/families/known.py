@@ -4,15 +4,15 @@ Packed rows ``[T, E]`` are the same to a module as a batch ``[B, S, E]`` only if
 row alone. That is known of the ``forward`` functions listed here, if everything inside has one of
 them too. A module of one's own, a subclass with a ``forward``, a ``forward`` that somebody
 patched, on an instance or on the class, is not known: it gets what transformers would give it, or
-the whole call runs transformers' code.
+the whole call runs transformers' code. A family's own classes are made known by `learn`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import itemgetter
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 import transformers.activations
 import transformers.pytorch_utils
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
 
 __all__ = [
     "Looked",
     "copies",
     "is_own",
+    "learn",
     "own_forward",
     "patched",
     "plain",
@@ -33,6 +33,7 @@ __all__ = [
     "untouched",
     "unwrapped",
     "user_hook",
+    "watched",
 ]
 
 # Each works on the last dimension alone, or element by element.
@@ -42,8 +43,6 @@ _ROW_WISE = (
     nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink,
     nn.Hardshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
     transformers.pytorch_utils.Conv1D,
-    hf.BertPredictionHeadTransform, hf.BertLMPredictionHead, hf.BertOnlyMLMHead,
-    hf.BertOnlyNSPHead, hf.BertPreTrainingHeads,
 )  # fmt: skip
 _ACTIVATIONS = tuple(
     cls
@@ -80,29 +79,46 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-# The code of transformers and torch that this package stands in for, as it was when imported.
-_BERT = [v for v in vars(hf).values() if isinstance(v, type) and v.__module__ == hf.__name__]
-_CODE: tuple[tuple[type, str, FunctionType], ...] = (
-    *(
-        (cls, name, value)
-        for cls in _BERT
-        if issubclass(cls, nn.Module)
+# The code that this package stands in for, as it was when it was first looked at: that of torch's
+# layers, and of each module of transformers that has a family.
+_SHARED = tuple((cls, "forward", cls.forward) for cls in (*_ROW_WISE, *_ACTIVATIONS))
+_CODE: dict[ModuleType, tuple[tuple[Any, str, FunctionType], ...]] = {}
+_FORWARD_OF: dict[type, FunctionType] = {}
+_EAGER = "eager_attention_forward"
+
+
+def learn(code: ModuleType, row_wise: Iterable[type[nn.Module]]) -> None:
+    """Make a module of transformers known.
+
+    Args:
+        row_wise: its classes that work on each row alone, if what is inside them does.
+    """
+    if code in _CODE:
+        return
+    classes = [
+        v for v in vars(code).values()
+        if isinstance(v, type) and v.__module__ == code.__name__ and issubclass(v, nn.Module)
+    ]  # fmt: skip
+    found = [
+        # What is not transformers' own was replaced before.
+        (cls, name, value if value.__module__ == code.__name__ else None)
+        for cls in classes
         for name, value in vars(cls).items()
         if isinstance(value, FunctionType) and name not in _HARMLESS
-    ),
-    *((cls, "forward", cls.forward) for cls in (*_ROW_WISE, *_ACTIVATIONS)),
-)
-_FORWARD_OF = {cls: function for cls, name, function in _CODE if name == "forward"}
-_EAGER = hf.eager_attention_forward
+    ]
+    _FORWARD_OF.update({cls: function for cls, name, function in found if name == "forward"})
+    _FORWARDS.update(cls.forward for cls in row_wise)
+    if hasattr(code, _EAGER):
+        found.append((code, _EAGER, getattr(code, _EAGER)))
+    _CODE[code] = (*found, *_SHARED)
 
 
-def patched() -> str | None:
-    """What somebody replaced in transformers' BERT or in torch's layers since import, or None."""
-    for cls, name, function in _CODE:
-        if getattr(cls, name, None) is not function:
-            return f"{cls.__name__}.{name} was replaced"
-    if hf.eager_attention_forward is not _EAGER:
-        return "eager_attention_forward was replaced"
+def patched(code: ModuleType) -> str | None:
+    """What somebody replaced in a family's module or in torch's layers, or None."""
+    for owner, name, function in _CODE[code]:
+        if getattr(owner, name, None) is not function:
+            where = "" if owner is code else f"{owner.__name__}."
+            return f"{where}{name} was replaced"
     return None
 
 
@@ -180,6 +196,11 @@ def user_hook(module: nn.Module) -> bool:
         for hooks in every
         for hook in hooks.values()
     )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether there is such a hook on a module or on anything inside it."""
+    return any(map(user_hook, module.modules()))
 
 
 def plain(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..families.bert_heads import packed_span_loss
+from ..families.heads import packed_span_loss
 from ..tasks.errors import InputError
 from .table import Table
 from .tasks import Example, Task, log_softmax

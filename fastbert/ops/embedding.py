@@ -60,7 +60,7 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, ids, position_ids, types, word, position, token_type, weight, bias, eps, padding_idx,
+        ctx, ids, position_ids, types, word, position, token_type, weight, bias, eps, paddings,
         dtype,
     ):  # fmt: skip
         y, z, statistics = _embed(
@@ -68,7 +68,7 @@ class _Embed(torch.autograd.Function):
         )
         ctx.save_for_backward(ids, position_ids, types, z, statistics, weight)
         ctx.rows = [0 if t is None else t.shape[0] for t in (word, position, token_type)]
-        ctx.bias_dtype, ctx.padding_idx = bias.dtype, padding_idx
+        ctx.bias_dtype, ctx.paddings = bias.dtype, paddings
         ctx.mark_non_differentiable(z, statistics)
         ctx.set_materialize_grads(False)  # z and statistics would get zeros of their sizes
         return y, z, statistics
@@ -84,7 +84,7 @@ class _Embed(torch.autograd.Function):
             dy, z, statistics, weight, z.dtype, None, [need_weight, need_bias, False], 0.0, None
         )
         total = iter(totals)
-        paddings = (-1 if ctx.padding_idx is None else ctx.padding_idx, -1, -1)
+        paddings = [-1 if each is None else each for each in ctx.paddings]
         tables = [
             # An id outside its table has made the loss NaN; it must not write outside as well.
             torch.ops.aten.embedding_dense_backward(
@@ -117,6 +117,7 @@ def embed(
     *,
     eps: float,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
 ) -> Tensor:
     """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``.
 
@@ -126,7 +127,8 @@ def embed(
         word, position, token_type: the tables, ``[rows, E]``.
         weight, bias: ``[E]`` of the LayerNorm.
         eps: added to the variance.
-        padding_idx: a row of ``word`` that gets no gradient, as in ``torch.nn.Embedding``.
+        padding_idx, position_padding_idx: a row of ``word``, and one of ``position``, that gets no
+            gradient, as in ``torch.nn.Embedding``.
 
     Returns:
         ``[T, E]`` in the dtype of the tables, fp32 under autocast.
@@ -160,11 +162,11 @@ def embed(
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
     )  # fmt: skip
     if resolve(word.device, word.dtype) == "torch" or token_ids.numel() == 0:
-        return embed_ref(*args, padding_idx=padding_idx)
+        return embed_ref(*args, padding_idx, position_padding_idx)
     dtype = norm_dtype(word)
     if not wants_gradient(word, position, token_type, weight, bias):
         return _embed(*args, False, dtype)[0]
-    y, z, statistics = _Embed.apply(*args, padding_idx, dtype)
+    y, z, statistics = _Embed.apply(*args, (padding_idx, position_padding_idx, None), dtype)
     return y if torch.compiler.is_compiling() else remember(y, z, statistics, weight, bias)
 
 

@@ -163,12 +163,13 @@ def embed_ref(
     bias: Tensor | None,
     eps: float,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
 ) -> Tensor:
     """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``."""
     x = F.embedding(token_ids, word, padding_idx)
     if token_type is not None:
         x = x + F.embedding(token_type_ids, token_type)
-    x = x + F.embedding(position_ids, position)
+    x = x + F.embedding(position_ids, position, position_padding_idx)
     return layer_norm_ref(x, weight, bias, eps)
 
 

@@ -1,7 +1,7 @@
-"""The weights of BERT's layers as they were read last time, for as long as they are the same.
+"""The weights of a model's layers as they were read last time, for as long as they are the same.
 
 In inference nothing has to be called but the layers' arithmetic: no hook watches, nobody stands in
-between (`fastbert.families.bert_obstacle` has looked), no hidden state is asked for. Reading a
+between (`fastbert.families.obstacle` has looked), no hidden state is asked for. Reading a
 layer's modules then takes as long as launching it, so it is done once. Tensors are never copied;
 who replaces one, or changes a number that a layer computes with, is noticed at the next call.
 """
@@ -9,6 +9,7 @@ who replaces one, or changes a number that a layer computes with, is noticed at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 from operator import contains, is_, itemgetter
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.models.bert import modeling_bert as hf
 
 from ..encoder import Layers, LayerWeights
 from . import known
-from .bert_obstacle import Found
+from .family import Family
+from .obstacle import Found
 
 __all__ = ["plan_of"]
 
@@ -28,17 +29,16 @@ _PLAN = "_fastbert_plan"
 _PARAMETERS = itemgetter("_parameters")
 # What a layer computes with beside parameters and modules, by who holds it.
 _NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
-    hf.BertSelfAttention: itemgetter("scaling", "attention_head_size"),
-    hf.BertIntermediate: lambda attributes: attributes.get("intermediate_act_fn"),  # a function
     nn.LayerNorm: itemgetter("eps", "normalized_shape"),
     nn.Dropout: itemgetter("p", "training"),
 }
+_OF_ATTENTION = itemgetter("scaling", "attention_head_size")
 
 
 class _Plan:
     """Weights of layers, and what they were read from."""
 
-    def __init__(self, found: Found, layers: list[nn.Module], read: Callable):
+    def __init__(self, found: Found, layers: list[nn.Module], read: Callable, family: Family):
         self.found = found
         self._dicts = [layer.__dict__ for layer in layers]
         inside = [m for layer in layers for m in layer.modules()]
@@ -51,6 +51,12 @@ class _Plan:
         self._numbers = [
             (get, m.__dict__) for m in inside for cls, get in _NUMBERS.items() if isinstance(m, cls)
         ]
+        owner, _, name = family.parts.activation.rpartition(".")
+        for layer in layers:
+            attention = layer.get_submodule(family.parts.attention)
+            self._numbers.append((_OF_ATTENTION, attention.__dict__))
+            # A function, where it is no module.
+            self._numbers.append((partial(_get, name), layer.get_submodule(owner).__dict__))
         self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()
         self._values = self._read()
         self.layers = Layers([read(layer) for layer in layers])
@@ -76,24 +82,29 @@ class _Plan:
         return known._nothing, ()  # a copy or an unpickled model reads for itself
 
 
+def _get(name: str, attributes: dict) -> Any:
+    return attributes.get(name)
+
+
 def plan_of(
-    model: hf.BertModel, found: Found, read: Callable[[nn.Module], LayerWeights]
+    model: nn.Module, found: Found, read: Callable[[nn.Module], LayerWeights]
 ) -> Layers | None:
     """The weights of all layers for a call in inference, or None where layers have to be called.
 
     Args:
-        found: what `fastbert.families.bert_obstacle.examine` says now, without a reason.
+        found: what `fastbert.families.obstacle.examine` says now, without a reason.
         read: reads one layer.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
         return None
-    if "_compiled_call_impl" in model.encoder.__dict__:
+    family = model.family
+    if "_compiled_call_impl" in family.encoder_of(model).__dict__:
         return None
     plan = model.__dict__.get(_PLAN)
     if plan is None or plan.found is not found or not plan.still():
-        layers = list(map(known.unwrapped, model.encoder.layer))
+        layers = list(map(known.unwrapped, family.layers_of(model)))
         tensors = [p for layer in layers for p in layer.parameters()]
         if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
             return None
-        plan = model.__dict__[_PLAN] = _Plan(found, layers, read)
+        plan = model.__dict__[_PLAN] = _Plan(found, layers, read, family)
     return None if plan.compiled else plan.layers

@@ -1,17 +1,14 @@
-"""What labels and losses of BERT's heads have in common."""
-
-import inspect
-from collections.abc import Callable
-from functools import wraps
+"""What labels and losses of heads have in common."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from ..ops.cross_entropy import at_least_one
-from .bert import Call
+from .model import Call
 
-__all__ = ["a_share_of_the_step", "by_token", "labels_on_padding", "token_loss"]
+__all__ = ["by_token", "labels_on_padding", "share_of_the_step", "token_loss"]
 
 
 def by_token(
@@ -43,25 +40,17 @@ def labels_on_padding(labels: Tensor | None, attention_mask: Tensor | None) -> b
     return bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any())
 
 
-def a_share_of_the_step(forward: Callable) -> Callable:
-    """transformers' forward of a head whose loss is a mean over ``labels``, as the sum of them over
-    ``num_items_in_batch`` where a caller gives that: this batch's share of a step of several."""
-    place = [*inspect.signature(forward).parameters].index("labels") - 1  # without self
-
-    @wraps(forward)
-    def shared(self, *args, num_items_in_batch: int | Tensor | None = None, **kwargs):
-        labels = args[place] if len(args) > place else kwargs.get("labels")
-        if labels is None or num_items_in_batch is None:
-            return forward(self, *args, **kwargs)
-        return_dict = kwargs.pop("return_dict", None)
-        output = forward(self, *args, return_dict=True, **kwargs)
-        count = (labels != -100).sum().to(output.loss.device)
-        # Without any label the mean is NaN, and the share nothing.
-        output.loss = output.loss.masked_fill(count == 0, 0.0) * (count / num_items_in_batch)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
-
-    return shared
+def share_of_the_step(
+    output: ModelOutput, labels: Tensor | None, num_items: int | Tensor | None
+) -> ModelOutput:
+    """An output whose loss is a mean over ``labels``, with the sum of them over ``num_items`` where
+    that is given: this batch's share of a step of several."""
+    if labels is None or num_items is None:
+        return output
+    count = (labels != -100).sum().to(output.loss.device)
+    # Without any label the mean is NaN, and the share nothing.
+    output.loss = output.loss.masked_fill(count == 0, 0.0) * (count / num_items)
+    return output
 
 
 def token_loss(

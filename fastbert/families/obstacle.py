@@ -1,4 +1,4 @@
-"""Whether a call of BERT can be packed: what is read of the model's modules and settings before it.
+"""Whether a call can be packed: what is read of the model's modules and settings before it.
 
 A reason is a clause for the log. Everything here runs before every call, so it has to be quick:
 what the modules are is remembered while they stay the same (`fastbert.families.known.Looked`).
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert import modeling_bert as hf
 
 from . import known, modules
 from .drop_in import twin_of
+from .family import Family
 
 __all__ = ["Found", "call_obstacle", "examine", "obstacle", "say_once"]
 
@@ -27,7 +27,7 @@ _ONLY_COUNT = {"torch.utils.module_tracker"}  # for FLOPs by module; what is cal
 
 
 def _part(owner: nn.Module, name: str, *children: str) -> str | None:
-    """Why the named children of a part of transformers' BERT cannot take packed rows, or None."""
+    """Why the named children of a part of transformers' model cannot take packed rows, or None."""
     if known.user_hook(owner):
         return f"{name} has a hook"
     for child in children:
@@ -38,34 +38,26 @@ def _part(owner: nn.Module, name: str, *children: str) -> str | None:
             if modules.dropout_p(module) is None:
                 return f"{name}.{child} was replaced by a {type(module).__name__}"
         elif not known.row_wise(module):
-            if isinstance(module, nn.Module) and any(map(known.user_hook, module.modules())):
+            if isinstance(module, nn.Module) and known.watched(module):
                 return f"{name}.{child} has a hook"
             what = getattr(module, "__name__", type(module).__name__)
             return f"{name}.{child} is a {what}, which is not known to work row by row"
     return None
 
 
-_PARTS_OF_A_LAYER = (  # an owner before what is inside it
-    ("attention", hf.BertAttention, ()),
-    ("attention.self", hf.BertSelfAttention, ("query", "key", "value", "dropout")),
-    ("attention.output", hf.BertSelfOutput, ("dense", "dropout", "LayerNorm")),
-    ("intermediate", hf.BertIntermediate, ("dense", "intermediate_act_fn")),
-    ("output", hf.BertOutput, ("dense", "dropout", "LayerNorm")),
-)
-
-
-def _layer_obstacle(layer: nn.Module) -> str | None:
+def _layer_obstacle(layer: nn.Module, family: Family) -> str | None:
     """Why the modules of this layer cannot take packed rows, or None."""
     outer, layer = layer, known.unwrapped(layer)
-    if not known.untouched(layer, twin_of(hf.BertLayer)):
-        return _replaced(layer, "BertLayer")
-    if known.user_hook(layer) or known.user_hook(outer):
-        return "a BertLayer has a hook"
-    for name, cls, children in _PARTS_OF_A_LAYER:
-        part = layer.get_submodule(name)
-        if not known.untouched(part, cls):
+    name = family.layer.__name__
+    if not known.untouched(layer, twin_of(family.layer)):
+        return _replaced(layer, name)
+    if known.user_hook(outer):
+        return f"a {name} has a hook"
+    for path, cls in {"": type(layer), **family.owners}.items():
+        part = layer.get_submodule(path)
+        if path and not known.untouched(part, cls):
             return _replaced(part, cls.__name__)
-        reason = _part(part, cls.__name__, *children)
+        reason = _part(part, cls.__name__ if path else f"a {name}", *family.parts.inside(path))
         if reason is not None:
             return reason
     return None
@@ -77,23 +69,27 @@ def _replaced(module: nn.Module, name: str) -> str:
     return f"a {name} was replaced by a {type(module).__name__}"
 
 
-def _module_obstacle(model: hf.BertModel) -> str | None:
+def _module_obstacle(model: nn.Module, family: Family) -> str | None:
     """Why the modules inside this model cannot take packed rows, or None."""
-    encoder, embeddings = model.encoder, model.embeddings
-    if not known.untouched(encoder, hf.BertEncoder):
-        return _replaced(encoder, "BertEncoder")
-    if not known.untouched(embeddings, hf.BertEmbeddings):
-        return _replaced(embeddings, "BertEmbeddings")
-    reason = _part(encoder, "BertEncoder") or _part(
-        embeddings, "BertEmbeddings", "word_embeddings", "position_embeddings",
-        "token_type_embeddings", "LayerNorm", "dropout",
-    )  # fmt: skip
-    if reason is None and type(encoder.layer) is not nn.ModuleList:
-        reason = f"the layers are in a {type(encoder.layer).__name__}"
-    for layer in encoder.layer:
-        reason = reason or _layer_obstacle(layer)
-    watched = model.pooler is not None and any(map(known.user_hook, model.pooler.modules()))
-    return "the BertPooler has a hook" if reason is None and watched else reason
+    encoder, embeddings = family.encoder_of(model), model.embeddings
+    for part, cls in ((encoder, family.encoder), (embeddings, family.embeddings)):
+        if not known.untouched(part, cls):
+            return _replaced(part, cls.__name__)
+    projection = family.sums.projection
+    reason = _part(encoder, family.encoder.__name__) or _part(
+        embeddings, family.embeddings.__name__, *family.sums.modules
+    )
+    if reason is None and projection is not None and hasattr(model, projection):
+        reason = _part(model, family.model.__name__, projection)
+    layers = family.layers_of(model)
+    if reason is None and type(layers) is not nn.ModuleList:
+        reason = f"the layers are in a {type(layers).__name__}"
+    for layer in layers:
+        reason = reason or _layer_obstacle(layer, family)
+    pooler = getattr(model, "pooler", None)
+    watched = pooler is not None and known.watched(pooler)
+    name = family.pooler.__name__ if watched else None
+    return f"the {name} has a hook" if reason is None and watched else reason
 
 
 class Found(NamedTuple):
@@ -102,7 +98,7 @@ class Found(NamedTuple):
     Attributes:
         reason: why they cannot take packed rows, or None.
         pools_rows: whether the pooler can take the first row of each sequence alone.
-        settings: the attributes of each layer and of its attention, where settings stand.
+        settings: for each layer the attributes of what may be cut in chunks, and of its attention.
     """
 
     reason: str | None
@@ -113,18 +109,20 @@ class Found(NamedTuple):
 _LOOKED = "_fastbert_looked"
 
 
-def _look(model: hf.BertModel) -> Found:
+def _look(model: nn.Module, family: Family) -> Found:
     """Look at the modules of a model, unless they are those that were looked at last time."""
     compiling = torch.compiler.is_compiling()
     looked = None if compiling else model.__dict__.get(_LOOKED)
     if looked is not None and looked.still(model):
         return looked.found
-    reason, pooler = _module_obstacle(model), model.pooler
-    pools_rows = pooler is not None and _pools_rows(pooler)
-    layers = [] if reason is not None else map(known.unwrapped, model.encoder.layer)
-    found = Found(
-        reason, pools_rows, [(layer.__dict__, layer.attention.self.__dict__) for layer in layers]
-    )
+    reason, pooler = _module_obstacle(model, family), getattr(model, "pooler", None)
+    pools_rows = pooler is not None and _pools_rows(pooler, family)
+    layers = [] if reason is not None else map(known.unwrapped, family.layers_of(model))
+    parts, settings = family.parts, []
+    for layer in layers:
+        attention = layer.get_submodule(parts.attention)
+        settings.append((parts.chunks_of(layer).__dict__, attention.__dict__))
+    found = Found(reason, pools_rows, settings)
     if not compiling:
         looked = known.Looked(model, found)
         if looked.still(model):
@@ -132,13 +130,14 @@ def _look(model: hf.BertModel) -> Found:
     return found
 
 
-def _pools_rows(pooler: nn.Module) -> bool:
-    """Whether a pooler looks at the first row alone: BERT's, or PEFT's choice of such ones."""
+def _pools_rows(pooler: nn.Module, family: Family) -> bool:
+    """Whether a pooler looks at the first row alone: the family's, or PEFT's choice of such
+    ones."""
     copies = known.copies(pooler)
     if copies is not None:
-        return all(map(_pools_rows, copies))
+        return all(_pools_rows(copy, family) for copy in copies)
     return (
-        known.untouched(pooler, hf.BertPooler)
+        known.untouched(pooler, family.pooler)
         and known.row_wise(pooler.dense)
         and known.row_wise(pooler.activation)
     )
@@ -194,20 +193,20 @@ def call_obstacle(kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def examine(model: hf.BertModel) -> Found:
-    """What is known of a model before a call: `Found`, with the reason why its calls run
+def examine(model: nn.Module) -> Found:
+    """What is known of a drop-in model before a call: `Found`, with the reason why its calls run
     transformers' own code, or None."""
-    config = model.config
-    if config.is_decoder:
+    config, family = model.config, model.family
+    if getattr(config, "is_decoder", False):
         return _no("decoder mode (config.is_decoder) is not packed")
     if getattr(config, "is_causal", None):
         return _no("causal attention (config.is_causal) is not packed")
-    reason = known.patched() or _attention_obstacle(config) or _watched_by_all()
+    reason = known.patched(family.code) or _attention_obstacle(config) or _watched_by_all()
     if reason is not None:
         return _no(reason)
-    found = _look(model)
-    for layer, attention in found.settings:
-        if layer["chunk_size_feed_forward"]:
+    found = _look(model, family)
+    for chunks, attention in found.settings:
+        if chunks["chunk_size_feed_forward"]:
             return _no("config.chunk_size_feed_forward is set")
         if attention["is_causal"]:
             return _no("the attention of a layer is causal (is_causal)")
@@ -220,7 +219,7 @@ def _no(reason: str) -> Found:
     return Found(reason, False, [])
 
 
-def obstacle(model: hf.BertModel) -> str | None:
+def obstacle(model: nn.Module) -> str | None:
     """Why calls of this model run transformers' own code, or None if they can be packed."""
     return examine(model).reason
 

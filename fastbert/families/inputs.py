@@ -1,4 +1,4 @@
-"""What goes into BERT's first layer: checked inputs, the batch they make, and the embedded rows."""
+"""What goes into the first layer: checked inputs, the batch they make, and the embedded rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.models.bert import modeling_bert as hf
 
 from .. import ops
+from ..encoder import Linear
 from ..ops.embedding import check_range
 from ..packing import PackedBatch, PaddedBatch
 from . import modules
-from .bert_obstacle import say_once
+from .family import EmbeddingParts
+from .obstacle import say_once
 
-__all__ = ["check_inputs", "embed_rows", "make_batch"]
+__all__ = ["check_inputs", "embed_rows", "make_batch", "refuse_packed"]
 
 
 def check_inputs(
-    model: hf.BertModel,
+    model: nn.Module,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
@@ -30,39 +31,37 @@ def check_inputs(
     inputs_embeds: Tensor | None,
 ) -> Tensor:
     """The input, ids ``[B, S]`` or embeddings ``[B, S, E]``, once it is known to fit."""
+    this = type(model).__name__
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     x = input_ids if inputs_embeds is None else inputs_embeds
     name, dims = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
     if x.dim() != dims:
         axes = "[batch, length]" if dims == 2 else "[batch, length, hidden]"
-        raise ValueError(f"BertModel: expected {name} {axes}, got {tuple(x.shape)}")
+        raise ValueError(f"{this}: expected {name} {axes}, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(
-            f"BertModel: expected at least one token, got {name} of shape {tuple(x.shape)}; "
+            f"{this}: expected at least one token, got {name} of shape {tuple(x.shape)}; "
             "leave empty batches out"
         )
     device = next(model.embeddings.parameters()).device
     if device.type != "meta" and x.device != device:  # offloaded weights are on "meta"
-        raise ValueError(
-            f"BertModel: expected {name} on {device}, where the model is, got {x.device}"
-        )
+        raise ValueError(f"{this}: expected {name} on {device}, where the model is, got {x.device}")
     shape = batch_size, length = x.shape[:2]
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != shape:
         raise ValueError(
-            f"BertModel: expected an attention_mask {tuple(shape)}, "
-            f"got {tuple(attention_mask.shape)}"
+            f"{this}: expected an attention_mask {tuple(shape)}, got {tuple(attention_mask.shape)}"
         )
     if attention_mask is not None and attention_mask.dim() not in (2, 4):
         raise ValueError(
-            "BertModel: expected an attention_mask [batch, length] or "
+            f"{this}: expected an attention_mask [batch, length] or "
             f"[batch, heads or 1, length, length], got {tuple(attention_mask.shape)}; "
             "a mask per query needs a dimension for the heads: mask[:, None]"
         )
     for other, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is None:
             continue
-        message = f"BertModel: expected {other} {tuple(shape)}, got {tuple(ids.shape)}"
+        message = f"{this}: expected {other} {tuple(shape)}, got {tuple(ids.shape)}"
         if ids.dim() != 2 or ids.shape[1] != length:
             raise ValueError(message)
         if ids.shape[0] not in (1, batch_size):
@@ -70,24 +69,35 @@ def check_inputs(
                 f"The size of tensor a ({batch_size}) must match the size of tensor b "
                 f"({ids.shape[0]}) at non-singleton dimension 0\n{message}"
             )
-    positions = model.embeddings.position_embeddings.weight.shape[0]
+    sums = model.family.sums
+    table = getattr(model.embeddings, sums.position).weight
+    positions = table.shape[0] - sums.first_position(model.embeddings)
+    counts = sums.counts_tokens and inputs_embeds is None and not torch.compiler.is_compiling()
+    if counts and position_ids is None and length > positions:  # padding has no number
+        length = int((x != model.embeddings.padding_idx).sum(1).max())
     if position_ids is None and length > positions:
         raise ValueError(
-            f"BertModel: expected at most {positions} tokens a sequence, the rows of the position "
+            f"{this}: expected at most {positions} tokens a sequence, the rows of the position "
             f"table, got {length}; truncate (tokenizer(..., truncation=True)) or split the text"
         )
     return x
 
 
 def make_batch(
-    model: hf.BertModel,
+    model: nn.Module,
     x: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
+    *,
     keep_padding: bool,
+    reads_first: bool,
 ) -> PackedBatch | PaddedBatch:
-    """How this call's rows are laid out: packed, or padded where shapes may not depend on data."""
+    """How this call's rows are laid out: packed, or padded where shapes may not depend on data.
+
+    Args:
+        reads_first: whether column 0 is wanted of every sequence, padding or not.
+    """
     shape = tuple(x.shape[:2])
     if attention_mask is not None and attention_mask.dim() == 4:
         return PaddedBatch(shape, bias=_bias(attention_mask, model.dtype))
@@ -105,9 +115,8 @@ def make_batch(
             return PackedBatch.dense(*shape, x.device)
         return PackedBatch.from_lengths(lengths, x.device)
     batch = PackedBatch.from_mask(attention_mask, x.device)
-    if model.pooler is not None and not batch.starts_real:
-        # The pooler reads column 0, which is padding here: it has to be computed, as in
-        # transformers.
+    if reads_first and not batch.starts_real:
+        # Column 0 is padding here: it has to be computed, as in transformers.
         return PaddedBatch(shape, key_mask=attention_mask.to(x.device, torch.bool))
     return batch
 
@@ -120,12 +129,12 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if not mask.is_floating_point():
         raise ValueError(
-            f"BertModel: expected a 4-D attention_mask in bool or floating point, got {mask.dtype}"
+            f"expected a 4-D attention_mask in bool or floating point, got {mask.dtype}"
         )
     return mask.to(dtype)
 
 
-def refuse_packed(model: hf.BertModel, kwargs: dict[str, Any], reason: str) -> None:
+def refuse_packed(model: nn.Module, kwargs: dict[str, Any], reason: str) -> None:
     """Keep packed sequences from transformers' own code, which would take them for one.
 
     Raises:
@@ -136,14 +145,14 @@ def refuse_packed(model: hf.BertModel, kwargs: dict[str, Any], reason: str) -> N
     if bounds is None or bounds.numel() <= 2 or implementation.startswith("flash_attention"):
         return
     raise ValueError(
-        f"BertModel: expected a model that can take the {bounds.numel() - 1} packed sequences of "
-        f"cu_seq_lens_q, got one that runs transformers' own code ({reason}), whose "
+        f"{type(model).__name__}: expected a model that can take the {bounds.numel() - 1} packed "
+        f"sequences of cu_seq_lens_q, got one that runs transformers' own code ({reason}), whose "
         f"{implementation} attention would let them attend to each other; pass a padded batch"
     )
 
 
 def _packed_lengths(
-    model: hf.BertModel,
+    model: nn.Module,
     shape: tuple[int, int],
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
@@ -155,8 +164,8 @@ def _packed_lengths(
         ends = cu_seqlens.tolist()
         if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
             raise ValueError(
-                "BertModel: expected cu_seq_lens_q to rise from 0 to the number of tokens of one "
-                f"packed row, got {ends} for input of shape {shape}"
+                f"{type(model).__name__}: expected cu_seq_lens_q to rise from 0 to the number of "
+                f"tokens of one packed row, got {ends} for input of shape {shape}"
             )
         return [end - start for start, end in pairwise(ends)]
     if position_ids is None or shape[0] != 1:
@@ -198,33 +207,57 @@ def _as_made(buffer: Tensor, make: Callable[[int], Tensor]) -> bool:
     return known[1]
 
 
+def _token_types(
+    embeddings: nn.Module, positions: Tensor | None, length: int, device: torch.device
+) -> Tensor:
+    """Token types of who gave none, ``[1 or B, S]``: what stands in the buffer, by position."""
+    index = torch.arange(length, device=device)[None] if positions is None else positions
+    types = embeddings.token_type_ids.to(device)
+    return types.expand(index.shape[0], -1).gather(1, index.long())
+
+
+def _counted(
+    padding_idx: int, input_ids: Tensor | None, length: int, device: torch.device
+) -> Tensor:
+    """Positions that count the tokens that are not padding, from behind ``padding_idx`` on,
+    ``[B, S]``; padding has ``padding_idx``. Of embeddings all are taken for tokens, ``[1, S]``."""
+    if input_ids is None:
+        return torch.arange(padding_idx + 1, padding_idx + 1 + length, device=device)[None]
+    real = input_ids != padding_idx
+    return real.cumsum(1) * real + padding_idx
+
+
 def _default_ids(
-    embeddings: hf.BertEmbeddings,
+    embeddings: nn.Module,
+    sums: EmbeddingParts,
     position_ids: Tensor | None,
+    input_ids: Tensor | None,
     length: int,
     device: torch.device,
     *,
     alone: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions and token types of who gave none, ``[1 or B, S]``: what stands in the buffers.
+    """Positions and token types of who gave none, ``[1 or B, S]``.
 
-    None where the buffers are as transformers makes them: columns, and zeros. For one sequence
-    views of the buffers are as good, and nothing has to be made.
+    None where they are what transformers' buffers are made with: columns, and zeros. For one
+    sequence views of the buffers are as good, and nothing has to be made.
     """
     stored, types = embeddings.position_ids, getattr(embeddings, "token_type_ids", None)
-    if alone and position_ids is None and types is not None and stored.device == device:
-        return stored[:, :length], types[:, :length]
+    types = None if sums.token_type is None else types
     positions = position_ids
-    if positions is None and not _as_made(stored, torch.arange):
+    if positions is None and sums.counts_tokens:
+        positions = _counted(embeddings.padding_idx, input_ids, length, device)
+    elif positions is None and alone and types is not None and stored.device == device:
+        return stored[:, :length], types[:, :length]
+    elif positions is None and not _as_made(stored, torch.arange):
         positions = stored[:, :length].to(device)
     if types is None or _as_made(types, torch.zeros):
         return positions, None
-    index = torch.arange(length, device=device)[None] if positions is None else positions
-    return positions, types.to(device).expand(index.shape[0], -1).gather(1, index.long())
+    return positions, _token_types(embeddings, positions, length, device)
 
 
 def embed_rows(
-    embeddings: hf.BertEmbeddings,
+    model: nn.Module,
     batch: PackedBatch | PaddedBatch,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
@@ -232,45 +265,52 @@ def embed_rows(
     inputs_embeds: Tensor | None,
 ) -> Tensor:
     """The rows ``[T, E]`` that enter the first layer."""
+    embeddings, sums = model.embeddings, model.family.sums
     x = input_ids if inputs_embeds is None else inputs_embeds
 
     def rows(ids: Tensor) -> Tensor:
         return batch.pack(ids.expand(x.shape[0], -1) if ids.shape[0] == 1 else ids)
 
-    if position_ids is None or token_type_ids is None:
+    if position_ids is None or (token_type_ids is None and sums.token_type is not None):
         position_ids, types = _default_ids(
-            embeddings, position_ids, x.shape[1], x.device, alone=x.shape[0] == 1
+            embeddings, sums, position_ids, input_ids, x.shape[1], x.device, alone=x.shape[0] == 1
         )
         token_type_ids = types if token_type_ids is None else token_type_ids
+    words = None if inputs_embeds is not None else rows(input_ids)
     positions = batch.columns(x.device) if position_ids is None else rows(position_ids)
-    types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
-    word, position, kind = (
-        embeddings.word_embeddings,
-        embeddings.position_embeddings,
-        embeddings.token_type_embeddings,
-    )
-    norm = modules.norm(embeddings.LayerNorm)
-    tables = (word, position, kind)
+    word, position = getattr(embeddings, sums.word), getattr(embeddings, sums.position)
+    kind = types = None
+    if sums.token_type is not None:
+        kind = getattr(embeddings, sums.token_type)
+        types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
+    tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
+    norm = modules.norm(getattr(embeddings, sums.norm))
     if (
-        inputs_embeds is None
+        words is not None
         and isinstance(norm, tuple)
-        and all(modules.is_plain_embedding(table) for table in tables)
-        and position.padding_idx is None
-        and kind.padding_idx is None
+        and all(table is None or modules.is_plain_embedding(table) for table in tables.values())
+        and (kind is None or kind.padding_idx is None)
     ):
         hidden = ops.embed(
-            rows(input_ids), positions, types, *(t.weight for t in tables), *norm[:2],
-            eps=norm.eps, padding_idx=word.padding_idx,
+            words, positions, types, word.weight, position.weight,
+            None if kind is None else kind.weight, *norm[:2], eps=norm.eps,
+            padding_idx=word.padding_idx, position_padding_idx=position.padding_idx,
         )  # fmt: skip
     else:
-        ids = {"input_ids": input_ids, "position_ids": positions, "token_type_ids": types}
-        for (which, values), table in zip(ids.items(), tables, strict=True):
+        ids = (words, types, positions)
+        for (which, table), values in zip(tables.items(), ids, strict=True):
             if values is not None and isinstance(table, nn.Embedding):
                 check_range(which, values, table.weight.shape[0])
-        hidden = batch.pack(inputs_embeds) if input_ids is None else word(rows(input_ids))
-        hidden = hidden + kind(types) + position(positions)
+        hidden = batch.pack(inputs_embeds) if words is None else word(words)
+        hidden = hidden if kind is None else hidden + kind(types)
+        hidden = hidden + position(positions)
         if isinstance(norm, tuple):
             hidden = ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
         else:
             hidden = norm(hidden)
-    return F.dropout(hidden, modules.dropout_p(embeddings.dropout) or 0.0)
+    hidden = F.dropout(hidden, modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0)
+    projection = None if sums.projection is None else getattr(model, sums.projection, None)
+    if projection is None:
+        return hidden
+    projection = modules.projection(projection)
+    return ops.linear(hidden, *projection) if isinstance(projection, Linear) else projection(hidden)

@@ -1,0 +1,210 @@
+"""What a family of models is, as data: the difference between its page and every other one.
+
+Nothing outside a family's own page asks which family a model is of; what is asked is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["EmbeddingParts", "Family", "Head", "LayerParts", "VocabularyHead", "like_bert"]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """Where a layer keeps what it computes with: dotted names, from the layer on.
+
+    Post-norm: each half's output is added to what went into it, then comes the norm.
+
+    Attributes:
+        attention: has ``scaling``, ``attention_head_size``, ``is_causal`` and ``config``.
+        query, key, value: its projections.
+        attention_dropout, hidden_dropout, output_dropout: of the probabilities, and of what is
+            added to the residual behind attention and behind the feed-forward part; None for none.
+        attention_output, attention_norm: behind attention.
+        intermediate, activation, output, output_norm: the feed-forward part.
+        chunks: what has ``chunk_size_feed_forward``; "" for the layer.
+    """
+
+    attention: str = "attention.self"
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_dropout: str = "attention.self.dropout"
+    attention_output: str = "attention.output.dense"
+    hidden_dropout: str | None = "attention.output.dropout"
+    attention_norm: str = "attention.output.LayerNorm"
+    intermediate: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    output: str = "output.dense"
+    output_dropout: str = "output.dropout"
+    output_norm: str = "output.LayerNorm"
+    chunks: str = ""
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        names = (name for name in self.__dataclass_fields__ if name != "chunks")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @cached_property
+    def _get(self) -> Callable[[nn.Module], tuple]:
+        return attrgetter(*self._places.values())
+
+    def of(self, layer: nn.Module) -> dict[str, Any]:
+        """The parts of a layer, under the names above."""
+        return dict(zip(self._places, self._get(layer), strict=True))
+
+    def chunks_of(self, layer: nn.Module) -> nn.Module:
+        """What has ``chunk_size_feed_forward``."""
+        return layer.get_submodule(self.chunks)
+
+    def inside(self, owner: str) -> dict[str, str]:
+        """What an owner, a dotted name from the layer on, holds itself: names there and here."""
+        found = {}
+        for part, path in self._places.items():
+            if part != "attention" and path.rpartition(".")[0] == owner:
+                found[path.rpartition(".")[2]] = part
+        return found
+
+
+@dataclass(frozen=True)
+class EmbeddingParts:
+    """What is summed up for a token, and where it is: names in the embeddings.
+
+    Attributes:
+        word, position, token_type: tables; a family may have no token types.
+        norm, dropout: behind the sum.
+        counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
+            from behind it on, as fairseq does; otherwise columns, from 0 on.
+        projection: in the model, from the width of the embeddings to that of the layers; a model
+            where both are the same does not have it.
+    """
+
+    word: str = "word_embeddings"
+    position: str = "position_embeddings"
+    token_type: str | None = "token_type_embeddings"
+    norm: str = "LayerNorm"
+    dropout: str = "dropout"
+    counts_tokens: bool = False
+    projection: str | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of all of them."""
+        names = (self.word, self.position, self.token_type, self.norm, self.dropout)
+        return [name for name in names if name is not None]
+
+    def first_position(self, embeddings: nn.Module) -> int:
+        """Of a sequence."""
+        return embeddings.padding_idx + 1 if self.counts_tokens else 0
+
+
+@dataclass(frozen=True)
+class VocabularyHead:
+    """Where a masked-LM model keeps its head: dotted names, from the model on.
+
+    Attributes:
+        modules: what is called on hidden states, one behind the other.
+        owners: classes of what the parts are in, where the head is transformers' own.
+        dense, activation, norm, decoder: what it consists of; an activation may be a function's
+            name instead.
+    """
+
+    modules: tuple[str, ...]
+    owners: Mapping[str, type[nn.Module]]
+    dense: str
+    norm: str
+    decoder: str
+    activation: str | None = None
+    activation_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a class of transformers runs packed.
+
+    Attributes:
+        kind: a class of `fastbert.families.heads` or `fastbert.families.masked_lm`.
+        settings: its attributes for this family.
+    """
+
+    kind: type
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a family.
+
+    Attributes:
+        model_type: its name in configurations.
+        code: transformers' module.
+        config, model, embeddings, encoder, layer, pooler: transformers' classes; a family may have
+            no pooler.
+        output: of the model.
+        heads: by the names of transformers' classes.
+        owners: classes of what a layer consists of, by dotted names; an owner before what is in it.
+        row_wise: further classes that work on each row alone: parts of heads.
+        parts, sums: where a layer and the embeddings keep what they compute with.
+        layers_in: the encoder's name in the model.
+    """
+
+    model_type: str
+    code: ModuleType
+    config: type
+    model: type[nn.Module]
+    embeddings: type[nn.Module]
+    encoder: type[nn.Module]
+    layer: type[nn.Module]
+    pooler: type[nn.Module] | None
+    output: type
+    heads: Mapping[str, Head]
+    owners: Mapping[str, type[nn.Module]]
+    row_wise: tuple[type[nn.Module], ...] = ()
+    parts: LayerParts = LayerParts()
+    sums: EmbeddingParts = EmbeddingParts()
+    layers_in: str = "encoder"
+
+    def encoder_of(self, model: nn.Module) -> nn.Module:
+        """What calls the layers."""
+        return getattr(model, self.layers_in)
+
+    def layers_of(self, model: nn.Module) -> nn.ModuleList:
+        """All of them."""
+        return self.encoder_of(model).layer
+
+
+def like_bert(model_type: str, code: ModuleType, prefix: str, **different: Any) -> Family:
+    """A family whose layers are built as BERT's are, under names that begin with ``prefix``.
+
+    Args:
+        different: attributes of `Family` that are not as for BERT.
+    """
+
+    def named(rest: str) -> Any:
+        return getattr(code, prefix + rest, None)
+
+    owners = {
+        "attention": named("Attention"),
+        "attention.self": named("SelfAttention"),
+        "attention.output": named("SelfOutput"),
+        "intermediate": named("Intermediate"),
+        "output": named("Output"),
+    }
+    known = {
+        "config": named("Config"),
+        "model": named("Model"),
+        "embeddings": named("Embeddings"),
+        "encoder": named("Encoder"),
+        "layer": named("Layer"),
+        "pooler": named("Pooler"),
+        "owners": owners,
+    }
+    return Family(model_type, code, **{**known, **different})

@@ -1,0 +1,231 @@
+"""Every family and every head of it against transformers, from the one list of families."""
+
+import inspect
+import pickle
+
+import pytest
+import torch
+import transformers
+from test_model_parity import FLAGS, MASKS, check
+from tiny import RIGHT, specified_by
+
+import fastbert
+from fastbert.families import registry
+from fastbert.families.obstacle import obstacle
+from fastbert.testing import assert_matches
+
+OTHERS = [name for name in registry.MODEL_TYPES if name != "bert"]  # that is tested by itself
+HEADS = [(family, head) for family in OTHERS for head in
+         (registry.load(family).model.__name__, *registry.load(family).heads)]  # fmt: skip
+WITH_LABELS = [pair for pair in HEADS if not pair[1].endswith(("Model", "ForCausalLM"))]
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 99, "max_position_embeddings": 40, "initializer_range": 0.3, "pad_token_id": 1,
+}  # fmt: skip
+NAMES = {  # where a family's configuration has others
+    "distilbert": {"hidden_size": "dim", "num_hidden_layers": "n_layers",
+                   "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"},
+}  # fmt: skip
+MORE = {"electra": {"embedding_size": 16, "type_vocab_size": 2}}
+
+
+def config_of(family, **changes):
+    sizes = {NAMES.get(family, {}).get(name, name): value for name, value in SIZES.items()}
+    options = {**sizes, **MORE.get(family, {}), "attn_implementation": "eager", **changes}
+    return registry.load(family).config(**options)
+
+
+def pair_of(family, head, device="cpu", **changes):
+    """transformers' model and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = getattr(transformers, head)(config_of(family, **changes)).eval().to(device)
+    ours = getattr(fastbert, head)(config_of(family, **changes)).eval().to(device)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inputs_of(head, mask, device="cpu"):
+    """Ids with padding where there is none; token types for models that take some."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 99, (4, 9), generator=generator)
+    inputs = {"input_ids": ids if mask is None else ids.where(mask.bool(), 1)}
+    inputs["attention_mask"] = mask
+    types = torch.zeros(4, 9, dtype=torch.long)
+    if "token_type_ids" in inspect.signature(getattr(fastbert, head).forward).parameters:
+        inputs["token_type_ids"] = types
+    if head.endswith("MultipleChoice"):
+        inputs = {k: None if v is None else v.view(2, 2, 9) for k, v in inputs.items()}
+    return {k: None if v is None else v.to(device) for k, v in inputs.items()}
+
+
+def labels_for(head, config):
+    generator = torch.Generator().manual_seed(2)
+    if head.endswith("QuestionAnswering"):
+        return {"start_positions": torch.tensor([1, 0, 0, 5]),
+                "end_positions": torch.tensor([8, 3, 0, 6])}  # fmt: skip
+    if head.endswith("MultipleChoice"):
+        return {"labels": torch.tensor([1, 0])}
+    if head.endswith("SequenceClassification"):
+        return {"labels": torch.tensor([1, 0, 0, 1])}
+    many = {"MaskedLM": config.vocab_size}.get(head.split("For")[-1], 2)
+    labels = torch.randint(0, many, (4, 9), generator=generator)
+    return {"labels": labels.masked_fill(RIGHT == 0, -100)}
+
+
+@pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_head_matches_transformers(family, head, mask, on_torch, caplog, monkeypatch):
+    monkeypatch.setattr("fastbert.families.obstacle._said", set())
+    theirs, ours = pair_of(family, head)
+    assert obstacle(ours.base_model) is None
+    inputs = inputs_of(head, MASKS[mask])
+    real = None if inputs["attention_mask"] is None else MASKS[mask].bool()
+    with torch.no_grad():
+        actual = ours(**inputs, **FLAGS)
+        assert list(actual) == list(theirs(**inputs, **FLAGS))
+        check(actual, theirs, real, head, **inputs, **FLAGS)
+        assert not [r for r in caplog.records if r.name == "fastbert"], "it was packed"
+        plain = ours(**inputs)  # what is not watched takes another way
+        check(plain, theirs, real, head, **inputs)
+
+
+@pytest.mark.parametrize(("family", "head"), WITH_LABELS)
+def test_gradients_match_transformers(family, head, on_torch):
+    theirs, ours = pair_of(family, head)
+    inputs = {**inputs_of(head, RIGHT), **labels_for(head, theirs.config)}
+    names = [name for name, _ in theirs.named_parameters()]
+
+    def gradients(model):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        found = dict(model.named_parameters())
+        return [found[name].grad for name in names]
+
+    ran = [name for name, grad in zip(names, gradients(theirs), strict=True) if grad is not None]
+    assert [n for n, g in zip(names, gradients(ours), strict=True) if g is not None] == ran
+    specification, parameters = specified_by(theirs, lambda output: [output.loss], **inputs)
+    chosen = [names.index(name) for name in ran]
+
+    def specified(*given):
+        given = [g.detach().requires_grad_() for g in given]
+        with torch.enable_grad():
+            (loss,) = specification(*given)
+            return torch.autograd.grad(loss, [given[i] for i in chosen])
+
+    actual = gradients(ours)
+    assert_matches([actual[i] for i in chosen], specified, parameters, head)
+
+
+@pytest.mark.parametrize("each_backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_kernels_match_transformers(family, device, each_backend):
+    head = registry.load(family).model.__name__
+    theirs, ours = pair_of(family, head, device)
+    inputs = inputs_of(head, RIGHT, device)
+    with torch.no_grad():
+        check(ours(**inputs), theirs, RIGHT.bool().to(device), head, **inputs)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_kernels_give_the_embeddings_gradients(family, device):
+    """A row of padding in the position table learns nothing."""
+    head = next(name for name in registry.load(family).heads if name.endswith("ForMaskedLM"))
+    inputs = {**inputs_of(head, RIGHT, device), "labels": RIGHT.to(device)}
+    theirs, ours = pair_of(family, head, device)
+    theirs(**inputs).loss.backward()
+    with fastbert.backend("triton"):
+        ours(**inputs).loss.backward()
+    found, right = (dict(m.base_model.embeddings.named_parameters()) for m in (ours, theirs))
+    for name, parameter in right.items():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "head"), [pair for pair in HEADS if "MaskedLM" in pair[1]])
+def test_labelled_rows_give_the_loss_of_all_logits(family, head, on_torch):
+    theirs, ours = pair_of(family, head)
+    inputs = {**inputs_of(head, RIGHT), **labels_for(head, theirs.config)}
+    output = ours(**inputs, skip_logits=True)
+    specification, parameters = specified_by(
+        theirs, lambda output: [output.loss.repeat(16)], **inputs
+    )
+    assert output.logits is None and output.num_correct is not None
+    with torch.no_grad():
+        assert_matches([output.loss.repeat(16)], specification, parameters, head)
+    output.loss.backward()
+    found = [p.grad for p in ours.parameters()]
+    ours.zero_grad()
+    ours(**inputs).loss.backward()
+    for one, other in zip(found, (p.grad for p in ours.parameters()), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("family", "head"), [
+    pair for pair in HEADS if pair[1].endswith(("Model", "SequenceClassification", "Answering",
+                                               "TokenClassification", "MaskedLM"))
+])  # fmt: skip
+def test_packed_sequences_are_those_of_a_padded_batch(family, head, on_torch):
+    """``cu_seq_lens_q`` with positions as the family counts them; a head that reads the first token
+    reads that of each sequence."""
+    _, ours = pair_of(family, head)
+    inputs = inputs_of(head, RIGHT)
+    real, lengths = RIGHT.bool(), RIGHT.sum(1)
+    first = ours.family.sums.first_position(ours.base_model.embeddings)
+    packed = {
+        "input_ids": inputs["input_ids"][real][None],
+        "position_ids": (first + torch.arange(9).expand(4, 9)[real])[None],
+        "cu_seq_lens_q": torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+    }
+    with torch.no_grad():
+        expected, found = ours(**inputs), ours(**packed)
+    for name, value in expected.items():
+        by_token = value.shape[:2] == real.shape
+        torch.testing.assert_close(
+            found[name][0] if by_token else found[name], value[real] if by_token else value
+        )
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_accelerate_and_back(family, on_torch, tmp_path):
+    head = next(
+        name for name in registry.load(family).heads if name.endswith("TokenClassification")
+    )
+    theirs, ours = pair_of(family, head)
+    inputs = inputs_of(head, RIGHT)
+    before = type(theirs)
+    with torch.no_grad():
+        expected = ours(**inputs).logits
+        with fastbert.accelerate(theirs):
+            assert type(theirs) is type(ours) and torch.equal(theirs(**inputs).logits, expected)
+            again = pickle.loads(pickle.dumps(theirs))
+            assert torch.equal(again(**inputs).logits, expected)
+        assert type(theirs) is before
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours.save_pretrained(tmp_path / "ours")
+        loaded = getattr(fastbert, head).from_pretrained(tmp_path / "theirs")
+        assert torch.equal(loaded(**inputs).logits, expected)
+        back = getattr(transformers, head).from_pretrained(tmp_path / "ours").state_dict()
+        assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
+        frozen = getattr(fastbert, head).from_pretrained(tmp_path / "ours", frozen=True)
+        torch.testing.assert_close(frozen(**inputs).logits, expected)
+        with pytest.raises(
+            ValueError, match=f"expected a checkpoint of type 'bert', got '{family}'"
+        ):
+            fastbert.BertModel.from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("family", [f for f in OTHERS if registry.load(f).sums.counts_tokens])
+def test_positions_count_tokens(family, on_torch):
+    """Ids that are padding have no number, wherever they are; as many as there are positions fit,
+    however long the row is."""
+    head = registry.load(family).model.__name__
+    theirs, ours = pair_of(family, head)
+    ids = torch.randint(5, 99, (2, 60), generator=torch.Generator().manual_seed(3))
+    ids[:, 38:] = 1
+    ids[0, 5:9] = 1
+    inputs = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    with torch.no_grad():
+        check(ours(**inputs), theirs, ids != 1, head, **inputs)
+        embeds = ours.embeddings.word_embeddings(ids[:, :30])
+        check(ours(inputs_embeds=embeds), theirs, None, head, inputs_embeds=embeds)
+        with pytest.raises(ValueError, match=r"at most 38 tokens a sequence.* got 39"):
+            ours(input_ids=torch.full((1, 39), 7))
