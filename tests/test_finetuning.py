@@ -198,7 +198,7 @@ def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
     """In every step, with the same batches and without dropout."""
     options = {"dropout": 0.0, "epochs": 3, "learning_rate": 1e-3}
     ours = prepare(request_for(task, **options))
-    theirs = getattr(transformers, ours.task.head)(ours.model.config)
+    theirs = getattr(transformers, f"Bert{ours.task.head}")(ours.model.config)
     theirs.load_state_dict(ours.model.state_dict())
     ours.train()
     found = [line["loss"] for line in metrics_of(tmp_path / "run") if "loss" in line]
@@ -470,4 +470,4 @@ def test_the_commands(run, tiny_folder, text_cache, tmp_path):
     code, _, err = run("predict", data, "-o", tmp_path / "out.txt", *best, *cache)
     assert code == 5 and "an output of .jsonl" in err
     code, _, err = run("evaluate", data, "--model", tiny_folder, *cache)
-    assert code == 3 and "a checkpoint with a BertForSequenceClassification" in err
+    assert code == 3 and "whose class ends in ForSequenceClassification" in err

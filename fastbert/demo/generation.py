@@ -56,7 +56,7 @@ def compare(
 ) -> None:
     """Score sentences with the model before it was trained, and after."""
     torch.manual_seed(0)
-    before, _ = load_for_training("BertForMaskedLM", model_folder())
+    before, _ = load_for_training("ForMaskedLM", model_folder())
     models = {
         "before": MaskedModel(before.eval(), load_tokenizer(model_folder())),
         "after": MaskedModel.load(run / "best", device=torch.device("cpu")),

@@ -172,6 +172,11 @@ class Family:
     sums: EmbeddingParts = EmbeddingParts()
     layers_in: str = "encoder"
 
+    def max_length(self, config: Any) -> int:
+        """Tokens of a sequence at most: positions that a model of this configuration knows."""
+        first = config.pad_token_id + 1 if self.sums.counts_tokens else 0
+        return config.max_position_embeddings - first
+
     def encoder_of(self, model: nn.Module) -> nn.Module:
         """What calls the layers."""
         return getattr(model, self.layers_in)

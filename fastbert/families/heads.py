@@ -59,6 +59,13 @@ class SequenceHead(Head):
         num_items = inputs.pop("num_items_in_batch", None)
         encoder = self.base_model
         first = self._reads_first() and not known.user_hook(encoder)
+        bounds = inputs.get("cu_seq_lens_q")
+        if self.first is not None and not first and bounds is not None and bounds.numel() > 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected transformers' own head for packed sequences, got "
+                "one that was replaced or that a hook watches, which would read the first of them "
+                "alone; pass a padded batch"
+            )
         with requesting(encoder, first=first, keep_padding=self.keep_padding):
             output = self.call_theirs(inputs)
         return share_of_the_step(output, inputs.get("labels"), num_items)
@@ -67,10 +74,15 @@ class SequenceHead(Head):
         """Whether the first row of each sequence is all that is read of hidden states."""
         if self.first is None or not known.own_forward(self.theirs):
             return False
-        return all(
-            known.untouched(getattr(self, name), cls) and not known.watched(getattr(self, name))
-            for name, cls in self.first.items()
-        )
+        return all(_is_plain(getattr(self, name), cls) for name, cls in self.first.items())
+
+
+def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a part is transformers' own and nobody watches it; or PEFT's choice of such ones."""
+    copies = known.copies(module)
+    if copies is not None:
+        return all(_is_plain(copy, cls) for copy in copies)
+    return known.untouched(module, cls) and not known.watched(module)
 
 
 class TokenHead(Head):

@@ -28,7 +28,7 @@ from .inputs import check_inputs, embed_rows, make_batch, refuse_packed
 from .obstacle import Found, call_obstacle, examine, say_once
 from .plan import plan_of
 
-__all__ = ["Call", "PackedLayer", "PackedModel", "requesting"]
+__all__ = ["Call", "PackedLayer", "PackedModel", "first_position", "requesting"]
 
 # Newer versions of transformers take indices for output_hidden_states, older ones a flag.
 _SELECTS = hasattr(output_capturing, "selected_hidden_states")
@@ -63,6 +63,14 @@ _of_compiler = _Request()  # which does not understand what belongs to a thread
 
 def _current_request() -> _Request:
     return _of_compiler if torch.compiler.is_compiling() else _of_thread.request
+
+
+def first_position(model: nn.Module) -> int:
+    """Of each sequence, as the encoder inside a model counts them: 0 if there is none."""
+    for module in model.modules():
+        if isinstance(module, PackedModel):
+            return module.family.sums.first_position(module.embeddings)
+    return 0
 
 
 @contextmanager

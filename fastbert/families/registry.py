@@ -14,7 +14,7 @@ from .drop_in import make_twin
 from .family import Family
 from .model import PackedLayer, PackedModel
 
-__all__ = ["MODEL_TYPES", "class_named", "class_names", "family_of", "load"]
+__all__ = ["MODEL_TYPES", "class_named", "class_names", "family_of", "head_class", "load"]
 
 _MODELS = "fastbert.models"  # where the classes are found by their names
 
@@ -81,6 +81,12 @@ def class_names() -> list[str]:
     """Of all drop-in classes of all families, which are loaded for that."""
     families = map(load, MODEL_TYPES)
     return sorted(name for f in families for name in (f.model.__name__, *f.heads))
+
+
+def head_class(model_type: str, head: str) -> type[nn.Module] | None:
+    """A family's class for a head, as in ``"ForMaskedLM"``, or None."""
+    load(model_type)
+    return vars(sys.modules[_MODELS]).get(f"{_LISTED[model_type].prefix}{head}")
 
 
 def class_named(name: str) -> type[nn.Module] | None:

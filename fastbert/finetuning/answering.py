@@ -50,7 +50,7 @@ class Answering(Task):
     """Extractive question answering."""
 
     name, best = "answering", "f1"
-    head, labels_of = "BertForQuestionAnswering", "sequence"
+    head, labels_of = "ForQuestionAnswering", "sequence"
     pipeline = "question-answering"
     has_own_loss = True
     threshold = 0.0  # by which an answer has to beat none

@@ -20,6 +20,7 @@ import fastbert
 from ..benchmarks.results import machine_facts
 from ..tasks.durable import write_text
 from ..tasks.errors import InputError
+from ..tasks.loading import max_length_of
 from ..training.run import Processes, arguments_for, train_in
 from ..training.run_folder import RunFolder, writing_in
 from ..training.trainer import InRun
@@ -238,7 +239,7 @@ def check_length(request: Request, config: PreTrainedConfig) -> None:
     Raises:
         InputError: it knows fewer.
     """
-    known = config.max_position_embeddings
+    known = max_length_of(config)
     if request.max_length > known:
         raise InputError(
             f"expected a --max-length of at most {known}, the positions that the model knows, got "

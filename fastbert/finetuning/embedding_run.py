@@ -65,7 +65,9 @@ class EmbeddingFinetuning(Finetuning):
         super().__init__(request, processes, splits, digest, new)
         self.task, self.name, self.best, self.labels = task, task.name, task.best, []
         _set_dropout(model, request.dropout)
-        if encoder.pooler is not None and "pooler_output" not in str(model[0].modality_config):
+        if getattr(encoder, "pooler", None) is not None and "pooler_output" not in str(
+            model[0].modality_config
+        ):
             encoder.pooler.requires_grad_(False)  # nothing comes of it
         model[0].model = partly(encoder, request.freeze, request.lora, request.seed)
         self.model = model
@@ -167,4 +169,6 @@ def _set_dropout(model: nn.Module, share: float | None) -> None:
         if isinstance(module, nn.Dropout):
             module.p = share
     config = model.transformers_model.config
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = share
+    for name in config.to_dict():
+        if "dropout" in name:
+            setattr(config, name, share)

@@ -53,6 +53,7 @@ class HeadFinetuning(Finetuning):
             task.weigh(splits.train, balance=request.balance, smoothing=request.label_smoothing)
         tokenizer = load_tokenizer(request.model)
         model, new = _model(request, task)
+        task.check_model(model)
         check_length(request, model.config)
         super().__init__(request, processes, splits, weights_digest(model, without=new), new)
         self.task, self.tokenizer = task, tokenizer
@@ -174,11 +175,11 @@ class HeadFinetuning(Finetuning):
 
 def _model(request: Request, task: Task) -> tuple[PreTrainedModel, list[str]]:
     options = dict(task.config)
-    if request.dropout is not None:
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-        options |= dict.fromkeys(names, request.dropout)
     before = load_config(request.model)
-    if before.architectures == [task.head] and task.config:
+    if request.dropout is not None:
+        names = [name for name in before.to_dict() if "dropout" in name]
+        options |= dict.fromkeys(names, request.dropout)
+    if (before.architectures or [""])[0].endswith(task.head) and task.config:
         has = [before.id2label[i] for i in range(before.num_labels)]
         if has != task.labels if task.labels else len(has) != 1:
             raise LoadError(

@@ -60,7 +60,8 @@ def task_from_config(config: PreTrainedConfig) -> Task:
     Raises:
         InputError: a head of another kind, or none.
     """
-    head = (config.architectures or ["none"])[0]
+    architecture = (config.architectures or ["none"])[0]
+    head = next((cls.head for cls in TASKS.values() if architecture.endswith(cls.head)), None)
     labels = [config.id2label[i] for i in range(config.num_labels)]
     if head == Tagging.head:
         return Tagging(labels)
@@ -73,8 +74,8 @@ def task_from_config(config: PreTrainedConfig) -> Task:
     if head != Task.head:
         heads = " or ".join(dict.fromkeys(cls.head for cls in TASKS.values()))
         raise InputError(
-            f"expected a checkpoint with a {heads}, got a {head}; fastbert finetune trains one, "
-            "fastbert embed is for embeddings"
+            f"expected a checkpoint whose class ends in {heads}, got a {architecture}; fastbert "
+            "finetune trains one, fastbert embed is for embeddings"
         )
     if config.problem_type == "multi_label_classification":
         return MultiLabel(labels)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.errors import InputError
 from .table import Table
@@ -26,7 +26,7 @@ class MultipleChoice(Task):
     """Multiple choice; every row has choices of its own, two or more."""
 
     name, best = "multiple-choice", "accuracy"
-    head, pipeline = "BertForMultipleChoice", "multiple-choice"
+    head, pipeline = "ForMultipleChoice", "multiple-choice"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -38,6 +38,13 @@ class MultipleChoice(Task):
         task.check(tables[0])
         task.gold(tables[0])
         return task
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        if getattr(model.base_model, "pooler", None) is None:
+            raise InputError(
+                "expected a model with a pooler for multiple choice, whose choices are packed, got "
+                f"a {model.config.model_type}"
+            )
 
     def problems(self, table: Table) -> dict[int, str]:
         found = {}

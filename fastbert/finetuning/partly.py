@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..families.registry import family_of
 from ..tasks.errors import InputError, LoadError
 
 __all__ = ["partly", "save_merged"]
 
-_PRODUCTS = ["query", "key", "value", "dense"]  # of BERT's layers
-_HEADS = ("classifier", "qa_outputs")
+_PRODUCTS = ("query", "key", "value", "attention_output", "intermediate", "output")
+_HEADS = ("classifier", "qa_outputs", "pre_classifier", "sequence_summary")
 
 
 def partly(
@@ -34,8 +35,9 @@ def partly(
     """
     if freeze is not None and lora is not None:
         raise InputError("expected --freeze or --lora, got both; LoRA leaves all layers frozen")
+    family = family_of(type(model.base_model))
     if freeze is not None:
-        layers = model.base_model.encoder.layer
+        layers = family.layers_of(model.base_model)
         if freeze > len(layers):
             raise InputError(
                 f"expected --freeze of at most {len(layers)}, the layers of the model, got {freeze}"
@@ -51,10 +53,11 @@ def partly(
     heads = [name for name in _HEADS if hasattr(model, name)]
     if heads and getattr(model.base_model, "pooler", None) is not None:
         heads.append("pooler")
+    names = {getattr(family.parts, part).rpartition(".")[2] for part in _PRODUCTS}
     config = peft.LoraConfig(
         r=lora,
         lora_alpha=2 * lora,
-        target_modules=rf".*encoder\.layer\..*\.({'|'.join(_PRODUCTS)})",
+        target_modules=rf".*{family.layers_in}\.layer\..*\.({'|'.join(sorted(names))})",
         modules_to_save=heads or None,
     )
     with torch.random.fork_rng():

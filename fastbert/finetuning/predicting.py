@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.errors import LoadError
-from ..tasks.loading import load_config, load_model, load_tokenizer
+from ..tasks.loading import load_config, load_model, load_tokenizer, max_length_of
 from ..training.collating import PackedCollator
 from ..training.sampling import TokenBudgetSampler
 from .kinds import task_from_config
@@ -90,16 +90,17 @@ class Predictor:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
         config = load_config(source)
         self.task = task_from_config(config)
-        known = min(config.max_position_embeddings, self.tokenizer.model_max_length)
-        if max_length is not None and max_length > config.max_position_embeddings:
+        positions = max_length_of(config)
+        if max_length is not None and max_length > positions:
             raise LoadError(
-                f"expected a --max-length of at most {config.max_position_embeddings}, the "
-                f"positions that the model knows, got {max_length}"
+                f"expected a --max-length of at most {positions}, the positions that the model "
+                f"knows, got {max_length}"
             )
-        self.max_length = max_length or known
+        self.max_length = max_length or min(positions, self.tokenizer.model_max_length)
         self.model: PreTrainedModel = load_model(
             self.task.head, source, device=device, dtype=dtype, frozen=True
         )
+        self.task.check_model(self.model)
 
     def __call__(self, table: Table) -> tuple[list[Any], list[dict[str, Any]], int]:
         """Predictions for each row, the same as JSON, and how many rows were cut."""

@@ -53,7 +53,7 @@ class Tagging(Task):
     """Named entities and the like: the first piece of each word has its tag."""
 
     name, best = "tagging", "f1"
-    head, labels_of = "BertForTokenClassification", "token"
+    head, labels_of = "ForTokenClassification", "token"
     pipeline = "token-classification"
 
     @classmethod

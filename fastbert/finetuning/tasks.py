@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..tasks.errors import InputError
@@ -34,7 +34,7 @@ class Task(ABC):
 
     Attributes:
         name: what ``--task`` calls it.
-        head: the class of its model.
+        head: the class of its model, behind the name of the family.
         pipeline: what the Hugging Face hub calls it.
         labels_of: ``"sequence"`` or ``"token"``, what has a label.
         best: the metric that a model is chosen by; more is better.
@@ -42,7 +42,7 @@ class Task(ABC):
     """
 
     name: str
-    head = "BertForSequenceClassification"
+    head = "ForSequenceClassification"
     pipeline = "text-classification"
     labels_of = "sequence"
     best: str
@@ -92,6 +92,13 @@ class Task(ABC):
         """Raise for the first of `problems`."""
         for place, problem in self.problems(table).items():
             raise InputError(f"row {table.first + place} of {table.name!r}: {problem}")
+
+    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most take any
+        """Look at a model that was loaded.
+
+        Raises:
+            InputError: one that is not for this task.
+        """
 
     def remarks(self, table: Table) -> list[str]:
         """What the report should say of how rows are understood."""

@@ -16,6 +16,8 @@ __all__ = ["Draft", "Template"]
 
 _INSIDE = "##"  # how a piece begins that is not the first one of its word
 
+_BEGINS = ("\u0120", "\u2581")  # how words begin for byte-level BPE and for SentencePiece
+
 
 class Draft(NamedTuple):
     """A text that was written.
@@ -68,6 +70,12 @@ class Template:
         closed[[*tokenizer.all_special_ids, *map(self._token, banned)]] = True
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         inside = torch.tensor([piece.startswith(_INSIDE) for piece in pieces])
+        if any(piece.startswith(_BEGINS) for piece in pieces):
+            raise InputError(
+                f"expected a tokenizer with {_INSIDE} inside of words, as BERT's has it, got a "
+                f"{type(tokenizer).__name__}, which marks where words begin; fastbert score is for "
+                "it too"
+            )
         # Behind a given word the inside of one would make another one of it.
         self._closed = {
             place: closed if place - 1 in self.open else closed | inside for place in self.open

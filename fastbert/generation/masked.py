@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..families.model import first_position
 from ..tasks.errors import InputError
-from ..tasks.loading import load_model, load_tokenizer
+from ..tasks.loading import load_model, load_tokenizer, max_length_of
 
 __all__ = ["MaskedModel", "neighbours"]
 
@@ -27,7 +28,7 @@ class MaskedModel:
     """A masked language model and its tokenizer.
 
     Args:
-        model: a `fastbert.BertForMaskedLM` in evaluation mode.
+        model: a masked-LM model of fastbert's in evaluation mode.
         tokenizer: of its vocabulary.
 
     Raises:
@@ -55,7 +56,7 @@ class MaskedModel:
             InputError: a tokenizer without a mask.
         """
         model = load_model(
-            "BertForMaskedLM", source, device=device, dtype=dtype, allow_pickle=allow_pickle,
+            "ForMaskedLM", source, device=device, dtype=dtype, allow_pickle=allow_pickle,
             frozen=True,
         )  # fmt: skip
         return cls(model, load_tokenizer(source))
@@ -63,7 +64,7 @@ class MaskedModel:
     @property
     def limit(self) -> int:
         """Tokens of a text at most, first and last ones included."""
-        return self.model.config.max_position_embeddings
+        return max_length_of(self.model.config)
 
     @torch.inference_mode()
     def log_probs(
@@ -85,7 +86,7 @@ class MaskedModel:
             rows = [first + place for first, each in zip(firsts, places[start:end], strict=True)
                     for place in each]  # fmt: skip
             chosen = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
-            scores = self.model.cls(chosen).float().log_softmax(-1)
+            scores = self.model.scores(chosen).float().log_softmax(-1)
             yield from scores.split(rows_each[start:end])
 
     def _hidden(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
@@ -93,10 +94,11 @@ class MaskedModel:
         device, lengths = self.model.device, [len(ids) for ids in texts]
         ends = list(accumulate(lengths, initial=0))
         bounds = torch.tensor(ends, dtype=torch.int32, device=device)
-        found = self.model.bert(
+        first = first_position(self.model)
+        found = self.model.base_model(
             torch.tensor([[token for ids in texts for token in ids]], device=device),
             position_ids=torch.tensor(
-                [[place for length in lengths for place in range(length)]], device=device
+                [[first + place for length in lengths for place in range(length)]], device=device
             ),
             cu_seq_lens_q=bounds,
             cu_seq_lens_k=bounds,

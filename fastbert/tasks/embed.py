@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastbert
 
 from .errors import LoadError
-from .loading import add_to_digest, load_sentence_transformer
+from .loading import add_to_digest, load_sentence_transformer, max_length_of
 from .windows import Row, Windows, encode_rows, mean_of_windows, pad_rows
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Embedder:
             ) from None
 
     def _limit_length(self, max_length: int | None) -> None:
-        positions = self.model.transformers_model.config.max_position_embeddings
+        positions = max_length_of(self.model.transformers_model.config)
         if max_length is not None and not 2 < max_length <= positions:
             raise LoadError(f"expected a maximum length from 3 to {positions}, got {max_length}")
         self.max_length = min(max_length or self.model.max_seq_length or positions, positions)

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BertModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
 
-import fastbert
-
+from ..families.registry import MODEL_TYPES, head_class, load
 from .errors import LoadError
 
 if TYPE_CHECKING:
@@ -34,6 +32,7 @@ __all__ = [
     "load_model",
     "load_sentence_transformer",
     "load_tokenizer",
+    "max_length_of",
     "minilm_folder",
     "quiet",
     "resolve_device",
@@ -42,8 +41,7 @@ __all__ = [
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_NOT_NEEDED = ("pooler.",)  # a head that a checkpoint may lack where a job does not use it
-_HEADS = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.")  # new ones may be trained
+_POOLER = "pooler."  # what a checkpoint may lack where a job does not use it
 
 
 def minilm_folder() -> Path | None:
@@ -108,7 +106,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint of a BERT.
+    """The configuration of a checkpoint.
 
     Raises:
         LoadError: as `load_model`.
@@ -117,8 +115,29 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
 
 
+def max_length_of(config: PreTrainedConfig) -> int:
+    """Tokens of a sequence that a model of this configuration takes at most."""
+    return load(config.model_type).max_length(config)
+
+
+def _class_for(head: str, source: str | Path, allow_pickle: bool, types: tuple[str, ...]) -> type:
+    """The drop-in class of a checkpoint's family, which is one of ``types``."""
+    folder = Path(source)
+    if folder.exists() or folder.is_absolute():
+        _check_folder(folder, allow_pickle, types)
+    kind = load_config(source).model_type
+    _check_type(kind, source, types)
+    found = head_class(kind, head)
+    if found is None:
+        raise LoadError(
+            f"expected a family with a {head!r}, got {kind!r} in {str(source)!r}, of which "
+            "transformers has none"
+        )
+    return found
+
+
 def load_model(
-    class_name: str,
+    head: str,
     source: str | Path,
     *,
     device: torch.device,
@@ -129,34 +148,42 @@ def load_model(
     """A drop-in model in evaluation mode, complete to the last weight.
 
     Args:
-        class_name: one of fastbert's drop-in classes.
+        head: what drop-in classes are called behind the name of the family: ``"ForMaskedLM"``.
         source: a local folder, or a name on the Hugging Face hub.
         device, dtype: where and as what.
         allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
         kwargs: for the class.
 
     Raises:
-        LoadError: no such folder, not a BERT, weights that are pickled, missing or damaged.
+        LoadError: no such folder, another family than those that are covered, weights that are
+            pickled, missing or damaged.
     """
+    cls = _class_for(head, source, allow_pickle, MODEL_TYPES)
     with _loading(source, allow_pickle):
-        model, report = getattr(fastbert, class_name).from_pretrained(
+        model, report = cls.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **kwargs,
         )
-    _check_complete(report, class_name, source, _NOT_NEEDED)
+    _check_complete(report, cls.__name__, source, (_POOLER,))
     return model.to(device).eval()
 
 
 def load_for_training(
-    class_name: str, source: str | Path, *, allow_pickle: bool = False, **kwargs: Any
+    head: str,
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    types: tuple[str, ...] = MODEL_TYPES,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A drop-in model in fp32 to be trained on, whose heads may be new.
 
     Args:
-        class_name, source, allow_pickle, kwargs: as in `load_model`.
+        head, source, allow_pickle, kwargs: as in `load_model`.
+        types: families that may be trained.
 
     Returns:
         The model, and what of it the checkpoint does not have.
@@ -164,15 +191,18 @@ def load_for_training(
     Raises:
         LoadError: as `load_model`, or an encoder that is not complete.
     """
+    cls = _class_for(head, source, allow_pickle, types)
     with _loading(source, allow_pickle):
-        model, report = getattr(fastbert, class_name).from_pretrained(
+        model, report = cls.from_pretrained(
             source,
             dtype=torch.float32,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **kwargs,
         )
-    _check_complete(report, class_name, source, _HEADS)
+    base = f"{model.base_model_prefix}."
+    heads = {name for name in report["missing_keys"] if not name.startswith(base)}
+    _check_complete(report, cls.__name__, source, (f"{base}{_POOLER}", *heads))
     return model, sorted(report["missing_keys"])
 
 
@@ -208,7 +238,7 @@ def load_sentence_transformer(
         )
     reads_pooler = "pooler_output" in str(getattr(model[0], "modality_config", ""))
     for report in reports:
-        _check_complete(report, "BertModel", source, () if reads_pooler else _NOT_NEEDED)
+        _check_complete(report, "model", source, () if reads_pooler else (_POOLER,))
     return model.eval()
 
 
@@ -248,7 +278,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _loading_reports() -> Iterator[list[dict]]:
-    """What transformers found missing in each BERT that somebody else loads in here.
+    """What transformers found missing in each model that somebody else loads in here.
 
     It says so to who calls ``from_pretrained`` only; sentence-transformers does not ask.
     """
@@ -260,11 +290,11 @@ def _loading_reports() -> Iterator[list[dict]]:
         return model
 
     inherited = PreTrainedModel.from_pretrained.__func__
-    BertModel.from_pretrained = classmethod(from_pretrained)
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     try:
         yield reports
     finally:
-        del BertModel.from_pretrained
+        PreTrainedModel.from_pretrained = classmethod(inherited)
 
 
 def _check_complete(report: dict, name: str, source: str | Path, optional: tuple[str, ...]) -> None:
@@ -279,7 +309,15 @@ def _check_complete(report: dict, name: str, source: str | Path, optional: tuple
         )
 
 
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
+def _check_type(kind: str | None, source: str | Path, types: tuple[str, ...]) -> None:
+    if kind not in types:
+        raise LoadError(
+            f"expected a model of type {' or '.join(map(repr, types))} in {str(source)!r}, got "
+            f"{kind!r}, which is not covered; use transformers for it"
+        )
+
+
+def _check_folder(folder: Path, allow_pickle: bool, types: tuple[str, ...] = MODEL_TYPES) -> None:
     if not folder.is_dir():
         raise LoadError(f"expected a model folder, got {str(folder)!r}, which does not exist")
     config = folder / "config.json"
@@ -291,11 +329,7 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
         kind = json.loads(config.read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise LoadError(f"expected JSON in {str(config)!r}: {_first_line(error)}") from error
-    if kind != "bert":
-        raise LoadError(
-            f"expected a model of type 'bert' in {str(folder)!r}, got {kind!r}, which is not "
-            "covered; use transformers for it"
-        )
+    _check_type(kind, folder, types)
     if any((folder / name).is_file() for name in _WEIGHTS):
         return
     if not any((folder / name).is_file() for name in _PICKLED):

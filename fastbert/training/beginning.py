@@ -82,7 +82,8 @@ def model_for(
     """
     cls = fastbert.BertForPreTraining if request.nsp else fastbert.BertForMaskedLM
     if request.model is not None:
-        model, new = load_for_training(cls.__name__, request.model, skip_logits=True)
+        head = cls.__name__.removeprefix("Bert")
+        model, new = load_for_training(head, request.model, types=("bert",), skip_logits=True)
     elif request.size not in SIZES:
         raise InputError(f"expected a --size of {', '.join(SIZES)}, got {request.size!r}")
     else:

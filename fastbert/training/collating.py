@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.drop_in import DropIn
+from ..families.model import first_position
 from .masking import IGNORED, Masking
 
 __all__ = ["PackedCollator", "check_packs"]
@@ -52,10 +53,10 @@ class PackedCollator:
     batches are ``[B, C, S]`` and take as many of every example.
 
     Packed, a batch is one row of ``T`` tokens: ``input_ids``, ``token_type_ids``, ``position_ids``
-    (from 0 for each sequence) and token labels int64 ``[1, T]``; ``cu_seq_lens_q`` and
-    ``cu_seq_lens_k``, int32 ``[B + 1]``, where sequences begin and end; ``max_length_q`` and
-    ``max_length_k``, the longest; everything of a sequence ``[B]``. Padded it is ``[B, S]`` with an
-    ``attention_mask``.
+    (for each sequence from the model's first on) and token labels int64 ``[1, T]``;
+    ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 ``[B + 1]``, where sequences begin and end;
+    ``max_length_q`` and ``max_length_k``, the longest; everything of a sequence ``[B]``. Padded it
+    is ``[B, S]`` with an ``attention_mask``.
 
     Args:
         model: what the batches are for; it is looked at and not kept. Not needed where ``padded``.
@@ -92,6 +93,7 @@ class PackedCollator:
                 )
             check_packs(model)
         self.padded, self.pad_token_id = padded, pad_token_id
+        self._first = 0 if model is None else first_position(model)
         self.masking, self.labels = masking, labels
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class PackedCollator:
     def _packed(self, rows: dict[str, Tensor], lengths: np.ndarray) -> dict[str, Any]:
         ends = np.concatenate([[0], np.cumsum(lengths)])
         bounds = torch.from_numpy(ends.astype(np.int32))
-        positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+        positions = self._first + np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
         longest = int(lengths.max())
         return {
             **{name: values[None] for name, values in rows.items()},

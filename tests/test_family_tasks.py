@@ -1,0 +1,147 @@
+"""What the commands do with models of other families than BERT's."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_families import config_of
+from test_finetuning import rows_of, write
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import fastbert
+from fastbert.families import registry
+from fastbert.finetuning.finetune import Request, prepare
+from fastbert.finetuning.predicting import Predictor
+from fastbert.finetuning.table import read_table
+from fastbert.generation import MaskedModel, Template, score
+from fastbert.tasks.embed import Embedder
+from fastbert.tasks.errors import InputError, LoadError
+
+pytestmark = pytest.mark.usefixtures("on_torch")
+FAMILIES = ("roberta", "electra", "distilbert")
+
+
+def roberta_tokenizer():
+    """Words as tokens, around them what RoBERTa has: two ends between the texts of a pair."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", ".", "the", "of", "is", "a", "in", "and",
+             "paris", "rome", "spain", "madrid", "city", "\u0120x"]  # fmt: skip
+    words += [f"word{i}" for i in range(99 - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), False, False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", mask_token="<mask>", cls_token="<s>", sep_token="</s>",
+        model_max_length=38, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory):
+    """A tiny encoder of each family with a tokenizer of its kind."""
+    found = {}
+    for family in FAMILIES:
+        path = found[family] = tmp_path_factory.mktemp(family)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+        if family == "roberta":
+            tokenizer = roberta_tokenizer()
+        tokenizer.save_pretrained(path)
+        torch.manual_seed(0)
+        config = config_of(family, pad_token_id=tokenizer.pad_token_id)
+        getattr(transformers, registry.load(family).model.__name__)(config).save_pretrained(path)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_those_of_sentence_transformers(family, folders):
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["rome is a city", "the paris of the word1 and word2 is word3", "spain"]
+    plain = SentenceTransformer(str(folders[family]), device="cpu")
+    expected = plain.encode(texts)
+    found = Embedder.load(folders[family], device=torch.device("cpu")).embed(texts)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    long = [" ".join(["rome"] * 300)]
+    windows = Embedder.load(folders[family], device=torch.device("cpu"), windows=True)
+    assert windows.embed(long).shape == found[:1].shape
+    with fastbert.accelerate(plain):
+        np.testing.assert_allclose(plain.encode(texts), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora": 4}, {"freeze": 1}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_fine_tuned_and_predicts(family, options, folders, text_cache, tmp_path):
+    kinds = ["classification"]
+    if not options:
+        kinds += ["pairs", "tagging", "answering"]
+        kinds += ["multiple-choice"] * (family == "roberta")
+    for kind in kinds:
+        run = tmp_path / kind
+        data = write(tmp_path / f"{kind}.jsonl", rows_of(kind, 64))
+        request = Request(
+            train=data, output=str(run), model=str(folders[family]), epochs=8, batch_size=8,
+            max_length=38, learning_rate=3e-3, dev_share=0.25, patience=0, device="cpu",
+            cache_dir=text_cache, **options,
+        )  # fmt: skip
+        verdict = prepare(request).train()
+        assert verdict.scores[verdict.metric] > verdict.baseline[1], kind
+        plain = transformers.AutoConfig.from_pretrained(run / "best")
+        assert plain.architectures[0].endswith(prepare(request).task.head)
+        predictor = Predictor(run / "best", torch.device("cpu"))
+        said, _, cut = predictor(read_table(data, text_cache))
+        assert len(said) == 64 and (cut == 0 or kind == "answering")
+        if kind != "classification":
+            continue
+        theirs = transformers.pipeline(
+            "text-classification", str(run / "best"), device="cpu", batch_size=8
+        )
+        texts = [row["text"] for row in rows_of(kind, 64)]
+        labels = [predictor.task.labels[i] for i in said]
+        assert [answer["label"] for answer in theirs(texts)] == labels
+
+
+def test_choices_of_a_family_without_a_pooler_are_refused_packed(folders, text_cache, tmp_path):
+    data = write(tmp_path / "data.jsonl", rows_of("multiple-choice", 16))
+    request = Request(
+        train=data, output=str(tmp_path / "run"), model=str(folders["distilbert"]), max_length=38,
+        dev_share=0.25, device="cpu", cache_dir=text_cache,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"pooler for multiple choice, .* distilbert"):
+        prepare(request)
+
+
+def test_pre_training_goes_on_from_bert_alone(folders, texts, tmp_path):
+    from fastbert.training import beginning
+    from fastbert.training.request import Request as Pretraining
+
+    request = Pretraining(texts=(str(texts),), output=str(tmp_path), model=str(folders["roberta"]))
+    with pytest.raises(LoadError, match=r"of type 'bert' in .* got 'roberta'"):
+        beginning.model_for(request, roberta_tokenizer())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_a_loop(family, folders, tmp_path):
+    head = next(name for name in registry.load(family).heads if name.endswith("ForMaskedLM"))
+    torch.manual_seed(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[family])
+    config = config_of(family, pad_token_id=tokenizer.pad_token_id)
+    theirs = getattr(transformers, head)(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = MaskedModel.load(tmp_path, device=torch.device("cpu"))
+    text = "rome is a city of word1"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = 0.0
+    for place in range(1, ids.shape[1] - 1):
+        masked = ids.clone()
+        masked[0, place] = tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = theirs(masked).logits[0, place].double()
+        expected += logits.log_softmax(-1)[ids[0, place]].item()
+    (found,) = score(model, [text])
+    assert found.log_likelihood == pytest.approx(expected, rel=1e-5)
+    if family == "roberta":
+        with pytest.raises(InputError, match="marks where words begin"):
+            Template.of("rome is <mask>", tokenizer)
