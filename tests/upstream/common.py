@@ -44,17 +44,19 @@ def make_case(name: str, family: Family, package: types.ModuleType) -> type:
 
     def prepare(self, inputs, model_class, return_labels=False):
         if return_labels and model_class.__name__.endswith("ForPreTraining"):
-            return labels_for_pre_training(inputs, self.model_tester)
+            return labels_for_pre_training(inputs, self.model_tester, model_class)
         return mixin._prepare_for_class(self, inputs, model_class, return_labels)
 
+    classes = tuple(getattr(package, name) for name in family.classes)
     members = {
         "setUp": set_up,
         "__module__": __name__,
         "_prepare_for_class": prepare,
-        "all_model_classes": tuple(getattr(package, name) for name in family.classes),
+        "all_model_classes": classes,
         **family.options,
     }
-    bases = (mixin, _COMMON.GenerationTesterMixin, unittest.TestCase)
+    writes = any(cls.can_generate() for cls in classes)
+    bases = (mixin, *[_COMMON.GenerationTesterMixin] * writes, unittest.TestCase)
     return type(f"{package.__name__}_{name}", bases, members)
 
 
