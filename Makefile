@@ -8,7 +8,7 @@ WORKERS ?= 2
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pretrain-example generate-example finetune-examples test test-transformers quick bench lint clean python
+.PHONY: help demo pretrain-example generate-example finetune-examples test test-transformers quick compiled bench lint clean python
 
 help:
 	@echo "make demo    real MiniLM weights, real text: search, parity and speed, in a minute"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-transformers    transformers' own tests of its BERT, over our classes, in two"
 	@echo "make quick   the part of it to run while you work, in two"
 	@echo "make bench   fastbert against everything else that runs here, in about ten minutes"
+	@echo "make compiled   what comes of every kernel, for the record, after a change of one; ten minutes for all"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make clean   remove the virtual environments"
 
@@ -78,6 +79,9 @@ quick: .venv-test/.installed
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/fastbert bench --suite targets --time-budget 480 --output bench-results
+
+compiled: .venv-test/.installed
+	.venv-test/bin/python tests/compiled.py
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

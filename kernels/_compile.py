@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import triton
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from ._cards import LIMITS
 from ._variants import Variant
 
-__all__ = ["Artefact", "assembled_for", "compile_variant", "faults", "ptxas_version"]
+__all__ = ["Artefact", "compile_variant", "faults", "ptxas_version"]
 
 _SERIALISED = ("C7508", "C7510", "C7511", "C7515")  # ptxas: wgmma made to run one after the other
 
@@ -129,27 +129,6 @@ def compile_variant(variant: Variant) -> Artefact:
         ttgir=compiled.asm["ttgir"],
         cubin=compiled.asm["cubin"],
     )
-
-
-def assembled_for(found: Artefact, arch: int) -> Artefact:
-    """The PTX of a compiled variant, assembled for a later architecture: a fifth of the work, and
-    the same result where Triton makes the same PTX for both.
-
-    Raises:
-        subprocess.CalledProcessError: ptxas does not take it.
-    """
-    ptx = re.sub(r"(?m)^\.target sm_\w+", f".target sm_{arch}", found.ptx)
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
-        with open(source, "w", encoding="utf-8") as file:
-            file.write(ptx)
-        command = (triton.knobs.nvidia.ptxas.path, "-lineinfo", "-v", f"--gpu-name=sm_{arch}")
-        done = subprocess.run(
-            (*command, source, "-o", cubin), check=True, capture_output=True, text=True
-        )
-        with open(cubin, "rb") as file:
-            made = file.read()
-    return replace(found, **_said(done.stdout + done.stderr), ptx=ptx, cubin=made)
 
 
 def _said(log: str) -> dict[str, int | str]:

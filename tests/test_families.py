@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_model_parity import FLAGS, MASKS, check
 from tiny import RIGHT, specified_by
 
 import fastbert
-from fastbert.families import registry
+from fastbert.families import registry, table
 from fastbert.families.obstacle import obstacle
 from fastbert.testing import assert_matches
 
@@ -70,6 +71,12 @@ def labels_for(head, config):
     many = {"MaskedLM": config.vocab_size}.get(head.split("For")[-1], 2)
     labels = torch.randint(0, many, (4, 9), generator=generator)
     return {"labels": labels.masked_fill(RIGHT == 0, -100)}
+
+
+def test_the_table_in_the_readme_is_what_the_registry_says():
+    """``python -m fastbert.families.table README.md`` writes it."""
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    assert table.written_into(text) == text
 
 
 @pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
