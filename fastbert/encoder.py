@@ -138,7 +138,7 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
     """
     step = encode_layer
     if layers.tensors and isinstance(batch, PackedBatch) and batch.max_seqlen:
-        if only_kernels(hidden, layers.tensors, layers.each[0].head_size):
+        if batch.bias is None and only_kernels(hidden, layers.tensors, layers.each[0].head_size):
             step = _launch_layer
         elif only_onednn(hidden, layers.tensors):
             return encode_on_onednn(hidden, batch, layers.each)
@@ -218,14 +218,16 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
             q, k, v = (t.view(count, -1, size) for t in parts)
         else:
             q, k, v = first.view(count, 3, -1, size).unbind(1)
-        return varlen_in_torch(q, k, v, batch, batch, weights.scale, 0.0, False).flatten(1)
+        bias = None if batch.bias is None else batch.bias.to(q.dtype)
+        return varlen_in_torch(q, k, v, batch, batch, weights.scale, 0.0, False, bias).flatten(1)
     # As there, in a third of the calls: with few tokens they are most of it.
     rows = len(lengths), lengths[0]
     if others:
         by_head = [t.view(*rows, -1, size).transpose(1, 2) for t in parts]
     else:
         by_head = first.view(*rows, 3, -1, size).permute(2, 0, 3, 1, 4).unbind()
-    context = F.scaled_dot_product_attention(*by_head, scale=weights.scale)
+    bias = None if batch.bias is None else batch.bias.to(by_head[0].dtype)
+    context = F.scaled_dot_product_attention(*by_head, bias, scale=weights.scale)
     return context.transpose(1, 2).reshape(count, -1)
 
 
@@ -282,6 +284,7 @@ def _is_one_half(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: Laye
     """Whether all up to the first norm is one function in training."""
     if not (
         isinstance(batch, PackedBatch)
+        and batch.bias is None
         and isinstance(weights.qkv, Stacked)
         and isinstance(weights.attention_output, Linear)
         and isinstance(weights.attention_norm, Norm)
@@ -324,7 +327,7 @@ def _attend(
     options = {"scale": weights.scale, "dropout_p": weights.attention_dropout}
     unfused = {"unfused": weights.unfused}
     packed = isinstance(batch, PackedBatch)
-    if packed and attentions is None:
+    if packed and attentions is None and batch.bias is None:
         qkv = _project_together(hidden, weights)
         if qkv is not None:
             return ops.attention_qkv(qkv, batch, **options, **unfused).flatten(1)
@@ -337,7 +340,8 @@ def _attend(
             context = shown.to(v.dtype) @ values
             return batch.pack(context.transpose(1, 2)).flatten(1)
     if packed:
-        return ops.attention_varlen(q, k, v, batch, **options, **unfused).flatten(1)
+        bias = None if batch.bias is None else batch.bias.to(q.dtype)
+        return ops.attention_varlen(q, k, v, batch, bias=bias, **options, **unfused).flatten(1)
     q, k, v = (batch.view(t).transpose(1, 2) for t in (q, k, v))
     context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options, **unfused)
     return context.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -243,6 +243,7 @@ class CudaGraphs:
         return (
             _on_gpu(rows)
             and isinstance(batch, PackedBatch)
+            and batch.bias is None
             and 0 < batch.num_tokens <= self.max_tokens
             and bool(layers.tensors)
             and not capturing(rows.device)

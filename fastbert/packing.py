@@ -13,7 +13,7 @@ whose shapes may not depend on data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 
 import torch
@@ -57,6 +57,8 @@ class PackedBatch:
         padded_shape: ``(B, S)`` of the padded batch, or ``(1, T)`` for input that came packed.
         starts_real: whether every sequence that has tokens has one in column 0 (not so for padding
             on the left), which is the column that BERT's pooler reads.
+        bias: floating ``[H, S, S]``, added to the scaled scores of every sequence, by places in it;
+            S is the longest one's length. Or None.
     """
 
     lengths: tuple[int, ...]
@@ -64,6 +66,7 @@ class PackedBatch:
     indices: Tensor | None
     padded_shape: tuple[int, int]
     starts_real: bool = True
+    bias: Tensor | None = None
     _tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -153,7 +156,12 @@ class PackedBatch:
             indices,
             self.padded_shape,
             self.starts_real,
+            None if self.bias is None else self.bias.to(device, non_blocking=non_blocking),
         )
+
+    def with_bias(self, bias: Tensor) -> PackedBatch:
+        """The same sequences with a bias ``[H, S, S]``."""
+        return replace(self, bias=bias)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[T, ...]``; a view when there is no padding."""
@@ -187,6 +195,15 @@ class PackedBatch:
             columns = torch.arange(padded_length, device=device or self.device)
             return columns if batch_size == 1 else columns.repeat(batch_size)
         return self.indices % padded_length
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[T]`` each: the sequence of every row, and its place there."""
+        lengths = self.cu_seqlens.diff().long()
+        count = self.num_tokens
+        sequences = torch.arange(self.num_sequences, device=self.device)
+        sequences = sequences.repeat_interleave(lengths, output_size=count)
+        starts = self.cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=count)
+        return sequences, torch.arange(count, device=self.device) - starts
 
     def runs(self) -> list[tuple[int, int, int]]:
         """Neighbours of equal length as ``(first_row, how_many, length)``, empty ones left out."""
@@ -243,6 +260,10 @@ class PaddedBatch:
             for t in (self.key_mask, self.bias)
         )
         return PaddedBatch(self.padded_shape, key_mask, bias)
+
+    def with_bias(self, bias: Tensor) -> PaddedBatch:
+        """The same batch with a bias ``[H, S, S]``, beside the one that it has."""
+        return replace(self, bias=bias[None] if self.bias is None else self.bias + bias)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[B * S, ...]``."""

@@ -18,7 +18,7 @@ from fastbert.tasks.embed import Embedder
 from fastbert.tasks.errors import InputError, LoadError
 
 pytestmark = pytest.mark.usefixtures("on_torch")
-FAMILIES = ("roberta", "electra", "distilbert")
+FAMILIES = ("roberta", "electra", "distilbert", "mpnet")
 
 
 def roberta_tokenizer():
@@ -44,7 +44,7 @@ def folders(tiny_folder, tmp_path_factory):
     for family in FAMILIES:
         path = found[family] = tmp_path_factory.mktemp(family)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-        if family == "roberta":
+        if family in ("roberta", "mpnet"):
             tokenizer = roberta_tokenizer()
         tokenizer.save_pretrained(path)
         torch.manual_seed(0)

@@ -280,3 +280,39 @@ def test_attention_takes_any_scale(scale, device):
     rows = [t[0].transpose(0, 1).contiguous() for t in (q, k, v)]
     packed = ops.attention_varlen(*rows, PackedBatch.from_lengths([40], device=device), scale=scale)
     check(packed, attention_varlen_ref, rows, [40], [40], scale, name=f"packed, scale {scale}")
+
+
+@pytest.mark.parametrize("on", ["torch", "triton"])
+def test_a_bias_by_place_is_added_in_every_sequence(on, device):
+    """Also its gradient, which is the sum over all sequences."""
+    lengths = [5, 1, 0, 12, 12]
+    batch = PackedBatch.from_lengths(lengths, device)
+    q, k, v = (t.clone() for t in projection(sum(lengths), 2, 16, torch.float32, device))
+    bias, do = torch.randn(2, 12, 12, device=device), torch.randn_like(q)
+
+    def reference(q, k, v, bias):
+        parts, scale = [], 16**-0.5
+        for q_i, k_i, v_i in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+            n = len(q_i)
+            scores = torch.einsum("qhd,khd->hqk", q_i, k_i) * scale + bias[:, :n, :n]
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_i))
+        return torch.cat(parts)
+
+    def with_gradients(attend):
+        def run(*tensors):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            with torch.enable_grad():
+                out = attend(*leaves)
+                return [out, *torch.autograd.grad((out * do.to(out.dtype)).sum(), leaves)]
+
+        return run
+
+    with fastbert.backend(on):
+        attend = with_gradients(lambda q, k, v, b: ops.attention_varlen(q, k, v, batch, bias=b))
+        actual = [t.detach() for t in attend(q, k, v, bias)]
+        with pytest.raises(ValueError, match=r"a bias \(2, 12, 12\) and no key_batch, got \(2, 5"):
+            ops.attention_varlen(q, k, v, batch, bias=bias[:, :5, :5])
+    assert_matches(
+        actual, lambda *t: [x.detach() for x in with_gradients(reference)(*t)], (q, k, v, bias),
+        "bias", inside=torch.float32,
+    )  # fmt: skip

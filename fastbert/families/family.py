@@ -12,7 +12,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["EmbeddingParts", "Family", "Head", "LayerParts", "VocabularyHead", "like_bert"]
 
@@ -24,7 +24,8 @@ class LayerParts:
     Post-norm: each half's output is added to what went into it, then comes the norm.
 
     Attributes:
-        attention: has ``scaling``, ``attention_head_size``, ``is_causal`` and ``config``.
+        attention: has ``attention_head_size``, and may have ``scaling`` (or it is the usual one),
+            ``is_causal`` and ``config``.
         query, key, value: its projections.
         attention_dropout, hidden_dropout, output_dropout: of the probabilities, and of what is
             added to the residual behind attention and behind the feed-forward part; None for none.
@@ -154,6 +155,10 @@ class Family:
         row_wise: further classes that work on each row alone: parts of heads.
         parts, sums: where a layer and the embeddings keep what they compute with.
         layers_in: the encoder's name in the model.
+        calls_layers: the encoder's own loop cannot be given packed rows, and is left out.
+        watched: parts of the encoder beside its layers.
+        score_bias: what is added to the scores of all layers: from the model and the longest
+            sequence's length, ``[H, S, S]``; it depends on places in the sequence alone.
     """
 
     model_type: str
@@ -171,6 +176,9 @@ class Family:
     parts: LayerParts = LayerParts()
     sums: EmbeddingParts = EmbeddingParts()
     layers_in: str = "encoder"
+    calls_layers: bool = False
+    watched: tuple[str, ...] = ()
+    score_bias: Callable[[nn.Module, int], Tensor] | None = None
 
     def max_length(self, config: Any) -> int:
         """Tokens of a sequence at most: positions that a model of this configuration knows."""

@@ -66,7 +66,7 @@ class SequenceHead(Head):
                 "one that was replaced or that a hook watches, which would read the first of them "
                 "alone; pass a padded batch"
             )
-        with requesting(encoder, first=first, keep_padding=self.keep_padding):
+        with requesting(encoder, first=first, keep_padding=self.keep_padding, bounds=bounds):
             output = self.call_theirs(inputs)
         return share_of_the_step(output, inputs.get("labels"), num_items)
 
@@ -95,7 +95,8 @@ class TokenHead(Head):
             inputs.get("labels"), inputs.get("input_ids"), inputs.get("inputs_embeds")
         )
         keep = labels_on_padding(labels, inputs.get("attention_mask"))
-        with requesting(self.base_model, keep_padding=keep):
+        bounds = inputs.get("cu_seq_lens_q")
+        with requesting(self.base_model, keep_padding=keep, bounds=bounds):
             output = self.call_theirs({**inputs, "labels": labels})
         if labels is not None and num_items is not None:
             output.loss = token_loss(output.logits, None, labels, num_items)[0]
@@ -156,7 +157,8 @@ class QuestionAnsweringHead(Head):
         if with_labels and bounds is not None:
             labels = torch.stack([place.flatten() for place in places], 1)
             inputs |= {"start_positions": None, "end_positions": None}
-        with requesting(self.base_model, keep_padding=with_labels and labels is None):
+        keep = with_labels and labels is None
+        with requesting(self.base_model, keep_padding=keep, bounds=bounds):
             output = self.call_theirs(inputs)
         if labels is not None:
             num_items = inputs.get("num_items_in_batch")

@@ -92,11 +92,13 @@ def make_batch(
     *,
     keep_padding: bool,
     reads_first: bool,
+    by_column: bool,
 ) -> PackedBatch | PaddedBatch:
     """How this call's rows are laid out: packed, or padded where shapes may not depend on data.
 
     Args:
         reads_first: whether column 0 is wanted of every sequence, padding or not.
+        by_column: whether it matters how many columns are between two tokens.
     """
     shape = tuple(x.shape[:2])
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -115,10 +117,18 @@ def make_batch(
             return PackedBatch.dense(*shape, x.device)
         return PackedBatch.from_lengths(lengths, x.device)
     batch = PackedBatch.from_mask(attention_mask, x.device)
-    if reads_first and not batch.starts_real:
-        # Column 0 is padding here: it has to be computed, as in transformers.
+    if (reads_first and not batch.starts_real) or (by_column and _has_holes(attention_mask)):
+        # Column 0 is padding here: it has to be computed, as in transformers. Or padding between
+        # tokens keeps them apart.
         return PaddedBatch(shape, key_mask=attention_mask.to(x.device, torch.bool))
     return batch
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether a sequence has padding between its tokens."""
+    real = mask != 0
+    begins = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
+    return bool((begins > 1).any())
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

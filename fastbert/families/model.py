@@ -41,12 +41,14 @@ class _Request:
         of: the encoder that is asked; None for any that the call reaches.
         rows: give packed rows as the hidden state, and the `Call` as ``output.call``.
         first: give the first row of each sequence alone, ``[B, 1, E]``, as the hidden state.
+        bounds: ``cu_seq_lens_q`` of the call, for heads that do not hand it on.
         keep_padding: compute hidden states at padding, as transformers does.
     """
 
     def __init__(self):
         self.of: PackedModel | None = None
         self.rows = self.first = self.keep_padding = False
+        self.bounds: Tensor | None = None
 
 
 class _OfThread(threading.local):
@@ -75,7 +77,12 @@ def first_position(model: nn.Module) -> int:
 
 @contextmanager
 def requesting(
-    encoder: nn.Module, *, rows: bool = False, first: bool = False, keep_padding: bool = False
+    encoder: nn.Module,
+    *,
+    rows: bool = False,
+    first: bool = False,
+    keep_padding: bool = False,
+    bounds: Tensor | None = None,
 ):
     """Ask something of an encoder for the calls in this block.
 
@@ -86,14 +93,14 @@ def requesting(
         encoder, twin_of(encoder.family.model)
     )
     request = _current_request()
-    before = request.of, request.rows, request.first, request.keep_padding
+    before = dict(vars(request))
     request.of = encoder if known_one else None
     request.rows, request.first = rows and known_one, first and known_one
-    request.keep_padding = keep_padding
+    request.keep_padding, request.bounds = keep_padding, bounds
     try:
         yield
     finally:
-        request.of, request.rows, request.first, request.keep_padding = before
+        vars(request).update(before)
 
 
 class Call(NamedTuple):
@@ -186,6 +193,7 @@ def _encode(layer: PackedLayer, rows: Tensor, call: Call) -> Tensor:
 def _layer_weights(layer: PackedLayer) -> LayerWeights:
     part = layer.family.parts.of(layer)
     attention = part["attention"]
+    config = getattr(attention, "config", None)
     qkv = tuple(modules.projection(part[name]) for name in ("query", "key", "value"))
     hidden_dropout = part.get("hidden_dropout")
     return LayerWeights(
@@ -197,8 +205,8 @@ def _layer_weights(layer: PackedLayer) -> LayerWeights:
         output=modules.projection(part["output"]),
         output_norm=modules.norm(part["output_norm"]),
         head_size=attention.attention_head_size,
-        scale=attention.scaling,
-        unfused=attention.config._attn_implementation == "eager",
+        scale=getattr(attention, "scaling", attention.attention_head_size**-0.5),
+        unfused=config is None or config._attn_implementation == "eager",
         attention_dropout=modules.dropout_p(part["attention_dropout"]) or 0.0,
         hidden_dropout=(modules.dropout_p(hidden_dropout) if hidden_dropout else None) or 0.0,
         output_dropout=modules.dropout_p(part["output_dropout"]) or 0.0,
@@ -248,6 +256,8 @@ class PackedModel(DropIn):
         request = _current_request()
         asked = request.of is None or request.of is self
         keep_padding = self.padding == "keep" or (asked and request.keep_padding)
+        if asked and request.bounds is not None:
+            inputs["cu_seq_lens_q"] = request.bounds
         if inputs.pop("skip_logits", None):
             raise TypeError(
                 "skip_logits: expected a call of a masked-LM head, got one of a model without "
@@ -304,6 +314,7 @@ class PackedModel(DropIn):
         batch = make_batch(
             self, x, attention_mask, position_ids, inputs,
             keep_padding=keep_padding or foreign, reads_first=pooler is not None or first_only,
+            by_column=family.score_bias is not None,
         )  # fmt: skip
         packed = isinstance(batch, PackedBatch) and len(batch.lengths) != batch.padded_shape[0]
         if foreign and packed:
@@ -311,6 +322,9 @@ class PackedModel(DropIn):
                 f"{type(self).__name__}: expected transformers' own pooler for packed sequences, "
                 f"got a {kind}, which would take them for one; pass a padded batch"
             )
+        if family.score_bias is not None:
+            longest = batch.max_seqlen if isinstance(batch, PackedBatch) else x.shape[1]
+            batch = batch.with_bias(family.score_bias(self, longest))
         call = Call(
             batch,
             keep_padding,
@@ -345,6 +359,10 @@ class PackedModel(DropIn):
     def _encoded(self, rows: Tensor, call: Call, found: Found, watching: bool) -> Tensor:
         """Rows behind the last layer."""
         layers = None if watching else plan_of(self, found, _layer_weights)
+        if layers is None and self.family.calls_layers:
+            for layer in self.family.layers_of(self):
+                rows = layer(rows, call)
+            return rows
         if layers is None:
             # transformers' recorders would see packed rows; the call records what is wanted itself.
             token = _active_collector.set({})

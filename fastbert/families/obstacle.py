@@ -76,7 +76,7 @@ def _module_obstacle(model: nn.Module, family: Family) -> str | None:
         if not known.untouched(part, cls):
             return _replaced(part, cls.__name__)
     projection = family.sums.projection
-    reason = _part(encoder, family.encoder.__name__) or _part(
+    reason = _part(encoder, family.encoder.__name__, *family.watched) or _part(
         embeddings, family.embeddings.__name__, *family.sums.modules
     )
     if reason is None and projection is not None and hasattr(model, projection):
@@ -206,12 +206,13 @@ def examine(model: nn.Module) -> Found:
         return _no(reason)
     found = _look(model, family)
     for chunks, attention in found.settings:
-        if chunks["chunk_size_feed_forward"]:
+        if chunks.get("chunk_size_feed_forward"):
             return _no("config.chunk_size_feed_forward is set")
-        if attention["is_causal"]:
+        if attention.get("is_causal"):
             return _no("the attention of a layer is causal (is_causal)")
-        if not isinstance(attention["scaling"], float | int):
-            return _no(f"the scaling of a layer is a {type(attention['scaling']).__name__}")
+        scaling = attention.get("scaling", 1.0)
+        if not isinstance(scaling, float | int):
+            return _no(f"the scaling of a layer is a {type(scaling).__name__}")
     return found
 
 

@@ -32,7 +32,6 @@ _NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
     nn.LayerNorm: itemgetter("eps", "normalized_shape"),
     nn.Dropout: itemgetter("p", "training"),
 }
-_OF_ATTENTION = itemgetter("scaling", "attention_head_size")
 
 
 class _Plan:
@@ -54,7 +53,8 @@ class _Plan:
         owner, _, name = family.parts.activation.rpartition(".")
         for layer in layers:
             attention = layer.get_submodule(family.parts.attention)
-            self._numbers.append((_OF_ATTENTION, attention.__dict__))
+            self._numbers.append((partial(_get, "scaling"), attention.__dict__))
+            self._numbers.append((itemgetter("attention_head_size"), attention.__dict__))
             # A function, where it is no module.
             self._numbers.append((partial(_get, name), layer.get_submodule(owner).__dict__))
         self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()

@@ -122,6 +122,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     unfused: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q @ k.T * scale) @ v`` within each sequence of a packed batch, no padding anywhere.
 
@@ -136,6 +137,8 @@ def attention_varlen(
             Kernels only.
         unfused: in torch, use operations that have second derivatives; the matrix of scores is then
             kept for backward.
+        bias: ``[H, S, S]``, added to the scaled scores of every sequence, by places in it; S is the
+            longest one's length. The kernels read it over a padded batch, which is made for it.
 
     Returns:
         ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. The order of the
@@ -161,15 +164,53 @@ def attention_varlen(
             f"attention_varlen: expected key_batch with {batch.num_sequences} sequences, "
             f"got {keys.num_sequences}"
         )
+    if bias is not None and (
+        keys is not batch or bias.shape != (q.shape[1], batch.max_seqlen, batch.max_seqlen)
+    ):
+        raise ValueError(
+            f"attention_varlen: expected a bias {(q.shape[1], *[batch.max_seqlen] * 2)} and no "
+            f"key_batch, got {tuple(bias.shape)}"
+        )
     check_dropout("attention_varlen", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend_of(q, dropout_p, max(batch.max_seqlen, keys.max_seqlen)) == "torch" or (
         q.numel() == 0
     ):
         refuse_seed("attention_varlen", seed)
-        return varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
+        return varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused, bias)
+    if bias is not None:
+        return _biased(q, k, v, batch, bias, scale, dropout_p, seed)
     q, scale = _positive(q, scale)
     return _differentiable(batch, keys, scale, dropout_p, seed, q, k, v)
+
+
+def _biased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: PackedBatch,
+    bias: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`attention` of the sequences side by side, padded on the right."""
+    count, longest = batch.num_sequences, batch.max_seqlen
+    sequences, places = batch.places()
+    slots = sequences * longest + places
+    real = places.new_zeros(count * longest, dtype=torch.bool).index_fill_(0, slots, True)
+    q, k, v = (
+        t.new_zeros(count * longest, *t.shape[1:])
+        .index_copy(0, slots, t)
+        .unflatten(0, (count, longest))
+        .transpose(1, 2)
+        for t in (q, k, v)
+    )
+    context = attention(
+        q, k, v, key_mask=real.view(count, longest), bias=bias[None], scale=scale,
+        dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return context.transpose(1, 2).flatten(0, 1).index_select(0, slots)
 
 
 def attention_qkv(

@@ -47,6 +47,7 @@ def varlen_in_torch(
     scale: float,
     dropout_p: float,
     unfused: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end."""
     if keys is not batch and keys.lengths != batch.lengths:
@@ -57,7 +58,8 @@ def varlen_in_torch(
             t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
             for t in (q, k, v)
         )
-        part = _sdpa(*run, None, dropout_p, scale, unfused)
+        mask = None if bias is None else bias[:, :length, :length]
+        part = _sdpa(*run, mask, dropout_p, scale, unfused)
         parts.append(part.transpose(1, 2).flatten(0, 1))
     if len(parts) == 1:
         return parts[0]

@@ -42,11 +42,13 @@ def attention_weights(
     pad = batch.unpack if packed else batch.view
     padded_q, padded_k = (pad(t).transpose(1, 2) for t in (q, k))
     if packed:
-        sequence = torch.arange(batch.num_sequences, device=q.device).repeat_interleave(
-            torch.tensor(batch.lengths, device=q.device), output_size=q.shape[0]
-        )
-        which = batch.unpack(sequence, fill=-1)
+        sequences, places = batch.places()
+        which = batch.unpack(sequences, fill=-1)
         mask = (which[:, None, :, None] == which[:, None, None, :]) & (which >= 0)[:, None, None]
+        if batch.bias is not None:
+            at = batch.unpack(places)
+            bias = batch.bias[:, at[:, :, None], at[:, None, :]].transpose(0, 1)
+            mask = bias.masked_fill(~mask, -math.inf)
     else:
         mask = batch.bias
         if batch.key_mask is not None:

@@ -1,0 +1,73 @@
+"""MPNet (Song et al., 2004.09297): all-mpnet-base and its kin. All layers add the same bias to
+their scores, by the distance between two tokens."""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.mpnet import modeling_mpnet as hf
+
+from .family import EmbeddingParts, Family, Head, LayerParts, VocabularyHead
+from .heads import MultipleChoiceHead, QuestionAnsweringHead, SequenceHead, TokenHead
+from .masked_lm import MaskedLMHead
+
+_VOCABULARY = VocabularyHead(
+    modules=("lm_head",),
+    owners={"lm_head": hf.MPNetLMHead},
+    dense="lm_head.dense",
+    activation_name="gelu",
+    norm="lm_head.layer_norm",
+    decoder="lm_head.decoder",
+)
+
+
+def _score_bias(model: nn.Module, length: int) -> Tensor:
+    """``[H, S, S]``: of every distance one number for each head, shared by all sequences."""
+    encoder = model.encoder
+    table = encoder.relative_attention_bias
+    distances = torch.arange(1 - length, length, device=table.weight.device)
+    by_distance = table(encoder.relative_position_bucket(distances, num_buckets=32)).T
+    # Row i is the window of distances -i to S - 1 - i.
+    return by_distance.unfold(1, length, 1).flip(1)
+
+
+FAMILY = Family(
+    "mpnet",
+    hf,
+    config=hf.MPNetConfig,
+    model=hf.MPNetModel,
+    embeddings=hf.MPNetEmbeddings,
+    encoder=hf.MPNetEncoder,
+    layer=hf.MPNetLayer,
+    pooler=hf.MPNetPooler,
+    output=BaseModelOutputWithPooling,
+    heads={
+        "MPNetForMaskedLM": Head(MaskedLMHead, {"vocabulary": _VOCABULARY}),
+        "MPNetForSequenceClassification": Head(
+            SequenceHead, {"first": {"classifier": hf.MPNetClassificationHead}}
+        ),
+        "MPNetForMultipleChoice": Head(MultipleChoiceHead),
+        "MPNetForTokenClassification": Head(TokenHead),
+        "MPNetForQuestionAnswering": Head(QuestionAnsweringHead),
+    },
+    owners={
+        "attention": hf.MPNetAttention,
+        "attention.attn": hf.MPNetSelfAttention,
+        "intermediate": hf.MPNetIntermediate,
+        "output": hf.MPNetOutput,
+    },
+    row_wise=(hf.MPNetLMHead,),
+    parts=LayerParts(
+        attention="attention.attn",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        attention_dropout="attention.attn.dropout",
+        attention_output="attention.attn.o",
+        hidden_dropout="attention.dropout",
+        attention_norm="attention.LayerNorm",
+    ),
+    sums=EmbeddingParts(token_type=None, counts_tokens=True),
+    calls_layers=True,
+    watched=("relative_attention_bias",),
+    score_bias=_score_bias,
+)
