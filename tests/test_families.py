@@ -27,7 +27,10 @@ NAMES = {  # where a family's configuration has others
     "distilbert": {"hidden_size": "dim", "num_hidden_layers": "n_layers",
                    "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"},
 }  # fmt: skip
-MORE = {"electra": {"embedding_size": 16, "type_vocab_size": 2}}
+MORE = {
+    "electra": {"embedding_size": 16, "type_vocab_size": 2},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2},
+}
 
 
 def config_of(family, **changes):
@@ -70,7 +73,10 @@ def labels_for(head, config):
         return {"labels": torch.tensor([1, 0, 0, 1])}
     many = {"MaskedLM": config.vocab_size}.get(head.split("For")[-1], 2)
     labels = torch.randint(0, many, (4, 9), generator=generator)
-    return {"labels": labels.masked_fill(RIGHT == 0, -100)}
+    found = {"labels": labels.masked_fill(RIGHT == 0, -100)}
+    if "sentence_order_label" in inspect.signature(getattr(fastbert, head).forward).parameters:
+        found["sentence_order_label"] = torch.tensor([1, 0, 0, 1])
+    return found
 
 
 def test_the_table_in_the_readme_is_what_the_registry_says():

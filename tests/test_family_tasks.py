@@ -18,7 +18,7 @@ from fastbert.tasks.embed import Embedder
 from fastbert.tasks.errors import InputError, LoadError
 
 pytestmark = pytest.mark.usefixtures("on_torch")
-FAMILIES = ("roberta", "electra", "distilbert", "mpnet")
+FAMILIES = ("roberta", "electra", "distilbert", "mpnet", "albert")
 
 
 def roberta_tokenizer():

@@ -1,5 +1,6 @@
 """DistilBERT (Sanh et al., 1910.01108): no token types, no pooler, no dropout behind attention."""
 
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
@@ -51,5 +52,7 @@ FAMILY = Family(
         chunks="ffn",
     ),
     sums=EmbeddingParts(token_type=None),
-    layers_in="transformer",
+    encoder_in="transformer",
+    layers=lambda model: model.transformer.layer,
+    holders=lambda model: [(model.transformer.layer, nn.ModuleList)],
 )

@@ -5,7 +5,7 @@ Nothing outside a family's own page asks which family a model is of; what is ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -45,7 +45,7 @@ class LayerParts:
     intermediate: str = "intermediate.dense"
     activation: str = "intermediate.intermediate_act_fn"
     output: str = "output.dense"
-    output_dropout: str = "output.dropout"
+    output_dropout: str | None = "output.dropout"
     output_norm: str = "output.LayerNorm"
     chunks: str = ""
 
@@ -84,8 +84,8 @@ class EmbeddingParts:
         norm, dropout: behind the sum.
         counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
             from behind it on, as fairseq does; otherwise columns, from 0 on.
-        projection: in the model, from the width of the embeddings to that of the layers; a model
-            where both are the same does not have it.
+        projection: a dotted name in the model, from the width of the embeddings to that of the
+            layers; where both are the same it may be missing.
     """
 
     word: str = "word_embeddings"
@@ -105,6 +105,19 @@ class EmbeddingParts:
     def first_position(self, embeddings: nn.Module) -> int:
         """Of a sequence."""
         return embeddings.padding_idx + 1 if self.counts_tokens else 0
+
+
+def _own_list(model: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder that has a list of them."""
+    return model.encoder.layer
+
+
+def _one_holder(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    return [(model.encoder.layer, nn.ModuleList)]
+
+
+def _pooled(model: nn.Module, hidden: Tensor) -> Tensor:
+    return model.pooler(hidden)
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,10 @@ class Family:
         owners: classes of what a layer consists of, by dotted names; an owner before what is in it.
         row_wise: further classes that work on each row alone: parts of heads.
         parts, sums: where a layer and the embeddings keep what they compute with.
-        layers_in: the encoder's name in the model.
+        encoder_in: the encoder's name in the model.
+        layers: of a model, in the order in which they run, which may have one several times.
+        holders: modules between the encoder and its layers, with their classes.
+        pool: from the model and hidden states ``[B, S, E]``, of which column 0 is read.
         calls_layers: the encoder's own loop cannot be given packed rows, and is left out.
         watched: parts of the encoder beside its layers.
         score_bias: what is added to the scores of all layers: from the model and the longest
@@ -175,7 +191,10 @@ class Family:
     row_wise: tuple[type[nn.Module], ...] = ()
     parts: LayerParts = LayerParts()
     sums: EmbeddingParts = EmbeddingParts()
-    layers_in: str = "encoder"
+    encoder_in: str = "encoder"
+    layers: Callable[[nn.Module], Sequence[nn.Module]] = _own_list
+    holders: Callable[[nn.Module], list[tuple[nn.Module, type]]] = _one_holder
+    pool: Callable[[nn.Module, Tensor], Tensor] = _pooled
     calls_layers: bool = False
     watched: tuple[str, ...] = ()
     score_bias: Callable[[nn.Module, int], Tensor] | None = None
@@ -187,11 +206,12 @@ class Family:
 
     def encoder_of(self, model: nn.Module) -> nn.Module:
         """What calls the layers."""
-        return getattr(model, self.layers_in)
+        return getattr(model, self.encoder_in)
 
-    def layers_of(self, model: nn.Module) -> nn.ModuleList:
-        """All of them."""
-        return self.encoder_of(model).layer
+    def projection_of(self, model: nn.Module) -> nn.Module | None:
+        """What is between the embeddings and the layers, if it is there."""
+        owner, _, name = (self.sums.projection or "").rpartition(".")
+        return getattr(model.get_submodule(owner), name, None) if name else None
 
 
 def like_bert(model_type: str, code: ModuleType, prefix: str, **different: Any) -> Family:

@@ -319,7 +319,7 @@ def embed_rows(
         else:
             hidden = norm(hidden)
     hidden = F.dropout(hidden, modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0)
-    projection = None if sums.projection is None else getattr(model, sums.projection, None)
+    projection = model.family.projection_of(model)
     if projection is None:
         return hidden
     projection = modules.projection(projection)

@@ -195,7 +195,7 @@ def _layer_weights(layer: PackedLayer) -> LayerWeights:
     attention = part["attention"]
     config = getattr(attention, "config", None)
     qkv = tuple(modules.projection(part[name]) for name in ("query", "key", "value"))
-    hidden_dropout = part.get("hidden_dropout")
+    hidden_dropout, output_dropout = part.get("hidden_dropout"), part.get("output_dropout")
     return LayerWeights(
         qkv=modules.stack(qkv),
         attention_output=modules.projection(part["attention_output"]),
@@ -208,8 +208,8 @@ def _layer_weights(layer: PackedLayer) -> LayerWeights:
         scale=getattr(attention, "scaling", attention.attention_head_size**-0.5),
         unfused=config is None or config._attn_implementation == "eager",
         attention_dropout=modules.dropout_p(part["attention_dropout"]) or 0.0,
-        hidden_dropout=(modules.dropout_p(hidden_dropout) if hidden_dropout else None) or 0.0,
-        output_dropout=modules.dropout_p(part["output_dropout"]) or 0.0,
+        hidden_dropout=(hidden_dropout and modules.dropout_p(hidden_dropout)) or 0.0,
+        output_dropout=(output_dropout and modules.dropout_p(output_dropout)) or 0.0,
     )
 
 
@@ -330,7 +330,7 @@ class PackedModel(DropIn):
             keep_padding,
             [] if want_hidden else None,
             [] if want_attentions else None,
-            _selected(want_hidden, len(family.layers_of(self)) + 1),
+            _selected(want_hidden, len(family.layers(self)) + 1),
             forced(),
         )
         rows = embed_rows(self, batch, input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -340,7 +340,9 @@ class PackedModel(DropIn):
         if last is None and not as_rows and not first_only:
             last = call.padded(rows)
         if pooler is not None:
-            pooled = pooler(call.whole(last, rows) if foreign else call.first(last, rows))
+            pooled = family.pool(
+                self, call.whole(last, rows) if foreign else call.first(last, rows)
+            )
         if first_only:
             last = call.first(last, rows)
         output = family.output(last_hidden_state=rows if as_rows else last)
@@ -360,7 +362,7 @@ class PackedModel(DropIn):
         """Rows behind the last layer."""
         layers = None if watching else plan_of(self, found, _layer_weights)
         if layers is None and self.family.calls_layers:
-            for layer in self.family.layers_of(self):
+            for layer in self.family.layers(self):
                 rows = layer(rows, call)
             return rows
         if layers is None:

@@ -32,7 +32,7 @@ def _part(owner: nn.Module, name: str, *children: str) -> str | None:
         return f"{name} has a hook"
     for child in children:
         module = getattr(owner, child)
-        if child == "dropout":
+        if child.endswith("dropout"):
             if isinstance(module, nn.Module) and known.user_hook(module):
                 return f"{name}.{child} has a hook"
             if modules.dropout_p(module) is None:
@@ -75,16 +75,17 @@ def _module_obstacle(model: nn.Module, family: Family) -> str | None:
     for part, cls in ((encoder, family.encoder), (embeddings, family.embeddings)):
         if not known.untouched(part, cls):
             return _replaced(part, cls.__name__)
-    projection = family.sums.projection
     reason = _part(encoder, family.encoder.__name__, *family.watched) or _part(
         embeddings, family.embeddings.__name__, *family.sums.modules
     )
-    if reason is None and projection is not None and hasattr(model, projection):
-        reason = _part(model, family.model.__name__, projection)
-    layers = family.layers_of(model)
-    if reason is None and type(layers) is not nn.ModuleList:
-        reason = f"the layers are in a {type(layers).__name__}"
-    for layer in layers:
+    projection = family.projection_of(model)
+    if reason is None and projection is not None:
+        owner, _, name = family.sums.projection.rpartition(".")
+        reason = _part(model.get_submodule(owner), family.model.__name__, name)
+    for holder, cls in family.holders(model):
+        if reason is None and not (type(holder) is cls and known.plain(holder, cls)):
+            reason = f"the layers are in a {type(holder).__name__}, or it has a hook"
+    for layer in dict.fromkeys(family.layers(model)):
         reason = reason or _layer_obstacle(layer, family)
     pooler = getattr(model, "pooler", None)
     watched = pooler is not None and known.watched(pooler)
@@ -117,7 +118,7 @@ def _look(model: nn.Module, family: Family) -> Found:
         return looked.found
     reason, pooler = _module_obstacle(model, family), getattr(model, "pooler", None)
     pools_rows = pooler is not None and _pools_rows(pooler, family)
-    layers = [] if reason is not None else map(known.unwrapped, family.layers_of(model))
+    layers = [] if reason is not None else map(known.unwrapped, family.layers(model))
     parts, settings = family.parts, []
     for layer in layers:
         attention = layer.get_submodule(parts.attention)
@@ -136,11 +137,7 @@ def _pools_rows(pooler: nn.Module, family: Family) -> bool:
     copies = known.copies(pooler)
     if copies is not None:
         return all(_pools_rows(copy, family) for copy in copies)
-    return (
-        known.untouched(pooler, family.pooler)
-        and known.row_wise(pooler.dense)
-        and known.row_wise(pooler.activation)
-    )
+    return known.untouched(pooler, family.pooler) and all(map(known.row_wise, pooler.children()))
 
 
 def _watched_by_all() -> str | None:

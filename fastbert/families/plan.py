@@ -102,7 +102,7 @@ def plan_of(
         return None
     plan = model.__dict__.get(_PLAN)
     if plan is None or plan.found is not found or not plan.still():
-        layers = list(map(known.unwrapped, family.layers_of(model)))
+        layers = list(map(known.unwrapped, family.layers(model)))
         tensors = [p for layer in layers for p in layer.parameters()]
         if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
             return None

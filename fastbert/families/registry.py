@@ -41,6 +41,7 @@ _LISTED = {
     "data2vec-text": _Listed("Data2VecText", "data2vec_text", "data2vec.modeling_data2vec_text"),
     "electra": _Listed("Electra", "electra", "electra.modeling_electra"),
     "mpnet": _Listed("MPNet", "mpnet", "mpnet.modeling_mpnet"),
+    "albert": _Listed("Albert", "albert", "albert.modeling_albert"),
     "distilbert": _Listed("DistilBert", "distilbert", "distilbert.modeling_distilbert"),
 }
 MODEL_TYPES = tuple(_LISTED)  # as configurations name families

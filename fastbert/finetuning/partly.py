@@ -37,7 +37,7 @@ def partly(
         raise InputError("expected --freeze or --lora, got both; LoRA leaves all layers frozen")
     family = family_of(type(model.base_model))
     if freeze is not None:
-        layers = family.layers_of(model.base_model)
+        layers = family.layers(model.base_model)
         if freeze > len(layers):
             raise InputError(
                 f"expected --freeze of at most {len(layers)}, the layers of the model, got {freeze}"
@@ -53,11 +53,12 @@ def partly(
     heads = [name for name in _HEADS if hasattr(model, name)]
     if heads and getattr(model.base_model, "pooler", None) is not None:
         heads.append("pooler")
-    names = {getattr(family.parts, part).rpartition(".")[2] for part in _PRODUCTS}
+    layers = family.layers(model.base_model)
+    products = {id(family.parts.of(layer)[part]) for layer in layers for part in _PRODUCTS}
     config = peft.LoraConfig(
         r=lora,
         lora_alpha=2 * lora,
-        target_modules=rf".*{family.layers_in}\.layer\..*\.({'|'.join(sorted(names))})",
+        target_modules=[name for name, m in model.named_modules() if id(m) in products],
         modules_to_save=heads or None,
     )
     with torch.random.fork_rng():

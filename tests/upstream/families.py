@@ -95,6 +95,8 @@ def labels_for_pre_training(inputs: dict, tester: Tester, model_class: type) -> 
     """All labels that this head needs for a loss."""
     labels = torch.zeros(tester.batch_size, tester.seq_length, dtype=torch.long)
     inputs = {**inputs, "labels": labels}
-    if "next_sentence_label" in inspect.signature(model_class.forward).parameters:
-        inputs["next_sentence_label"] = torch.zeros(tester.batch_size, dtype=torch.long)
+    wanted = inspect.signature(model_class.forward).parameters
+    for name in ("next_sentence_label", "sentence_order_label"):
+        if name in wanted:
+            inputs[name] = torch.zeros(tester.batch_size, dtype=torch.long)
     return inputs
