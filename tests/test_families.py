@@ -1,7 +1,11 @@
 """Every family and every head of it against transformers, from the one list of families."""
 
 import inspect
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +87,20 @@ def test_the_table_in_the_readme_is_what_the_registry_says():
     """``python -m fastbert.families.table README.md`` writes it."""
     text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     assert table.written_into(text) == text
+
+
+@pytest.mark.slow
+def test_families_are_compared_behind_a_check():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = (sys.executable, "-m", "fastbert.benchmarks.families", "--seconds", "0")
+    done = subprocess.run(
+        (*command, "--device", "cpu", "distilbert", "mpnet"),
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, distilbert, mpnet = done.stdout.splitlines()
+    assert re.search(r"distilbert: [\d.]+x sdpa, 5 rounds; 1 / fill is 1.98", distilbert)
+    assert re.search(r"mpnet: [\d.]+x eager, 5 rounds", mpnet)
 
 
 @pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
