@@ -15,18 +15,33 @@ SOURCE = torch.randint(5, 99, (3, 9), generator=torch.Generator().manual_seed(0)
 MASK = (torch.arange(9) < torch.tensor([9, 4, 6])[:, None]).long()
 
 
-@pytest.fixture
-def both():
+def models_of(family, **options):
+    """An encoder, and a decoder that looks at it, of transformers."""
+    writes = {"is_decoder": True, "add_cross_attention": True}
+    if family == "bert":
+        encoder = transformers.BertModel(tiny_config(**options))
+        return encoder, transformers.BertLMHeadModel(tiny_config(**options, **writes))
+    options = tiny_config().to_dict() | options
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "intermediate_size", "max_position_embeddings", "initializer_range",
+             "hidden_dropout_prob", "attention_probs_dropout_prob")  # fmt: skip
+    config = transformers.BertGenerationConfig(**{name: options[name] for name in names})
+    theirs = copy.deepcopy(config)
+    for name, value in writes.items():
+        setattr(theirs, name, value)
+    encoder = transformers.BertGenerationEncoder(config)
+    return encoder, transformers.BertGenerationDecoder(theirs)
+
+
+@pytest.fixture(params=["bert", "bert-generation"])
+def both(request):
     """An encoder-decoder of transformers, and it accelerated."""
     torch.manual_seed(0)
-    options = {"initializer_range": 0.4, "hidden_dropout_prob": 0.0,
-               "attention_probs_dropout_prob": 0.0}  # fmt: skip
-    theirs = transformers.EncoderDecoderModel(
-        encoder=transformers.BertModel(tiny_config(**options)),
-        decoder=transformers.BertLMHeadModel(
-            tiny_config(is_decoder=True, add_cross_attention=True, **options)
-        ),
-    ).eval()
+    encoder, decoder = models_of(
+        request.param, initializer_range=0.4, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
     for config in (theirs.config, theirs.generation_config):
         config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 0, 3
     ours = copy.deepcopy(theirs)
@@ -65,12 +80,3 @@ def test_a_decoder_writes_the_same():
     for options in ({}, {"num_beams": 2}):
         found = [model.generate(start, max_new_tokens=9, **options) for model in (theirs, ours)]
         assert torch.equal(*found)
-
-
-def test_bert_generation_is_not_covered():
-    config = transformers.BertGenerationConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        vocab_size=99, max_position_embeddings=40,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="got one with a BertGenerationEncoder"):
-        fastbert.accelerate(transformers.BertGenerationEncoder(config))

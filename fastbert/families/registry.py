@@ -42,6 +42,9 @@ _LISTED = {
     "electra": _Listed("Electra", "electra", "electra.modeling_electra"),
     "mpnet": _Listed("MPNet", "mpnet", "mpnet.modeling_mpnet"),
     "albert": _Listed("Albert", "albert", "albert.modeling_albert"),
+    "bert-generation": _Listed(
+        "BertGeneration", "bert_generation", "bert_generation.modeling_bert_generation"
+    ),
     "distilbert": _Listed("DistilBert", "distilbert", "distilbert.modeling_distilbert"),
 }
 MODEL_TYPES = tuple(_LISTED)  # as configurations name families

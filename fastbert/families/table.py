@@ -12,7 +12,7 @@ from .registry import MODEL_TYPES, load
 __all__ = ["main", "rows", "written_into"]
 
 _BEGIN, _END = "<!-- families:begin -->", "<!-- families:end -->"
-_DECODER = ("CausalLM", "LMHeadModel")
+_DECODER = ("CausalLM", "LMHeadModel", "Decoder")
 
 
 def _sum_of(family: Family) -> str:
@@ -24,10 +24,11 @@ def _sum_of(family: Family) -> str:
 
 
 def _cells(family: Family) -> tuple[str, str, str]:
-    prefix = family.model.__name__.removesuffix("Model")
+    name = family.model.__name__
+    prefix = name.removesuffix("Model").removesuffix("Encoder")
     names = [name.removeprefix(prefix).removeprefix("For") for name in family.heads]
     heads = [name for name in names if name not in _DECODER]
-    return f"`{prefix}Model`", ", ".join(heads), _sum_of(family)
+    return f"`{name}`", ", ".join(heads), _sum_of(family)
 
 
 def rows() -> str:
