@@ -259,3 +259,34 @@ def test_positions_count_tokens(family, on_torch):
         check(ours(inputs_embeds=embeds), theirs, None, head, inputs_embeds=embeds)
         with pytest.raises(ValueError, match=r"at most 38 tokens a sequence.* got 39"):
             ours(input_ids=torch.full((1, 39), 7))
+
+
+@pytest.mark.parametrize(
+    "family", [f if f == "mpnet" else pytest.param(f, marks=pytest.mark.slow) for f in OTHERS]
+)
+def test_compile_and_export_are_one_graph(family, on_torch):
+    head = registry.load(family).model.__name__
+    theirs, ours = pair_of(family, head)
+    inputs = inputs_of(head, RIGHT)
+    torch._dynamo.reset()
+    exported = torch.export.export(ours, (), dict(inputs), strict=False).module()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for made in (exported, compiled):
+            check(made(**inputs), theirs, RIGHT.bool(), head, **inputs)
+
+
+@pytest.mark.parametrize(("family", "head"), [pair for pair in HEADS if "Sequence" in pair[1]])
+def test_low_rank_updates_and_a_head_that_peft_saves_whole(family, head, on_torch):
+    peft = pytest.importorskip("peft")
+    models = pair_of(family, head)
+    query = registry.load(family).parts.query.rpartition(".")[2]
+    config = peft.LoraConfig(
+        r=2, target_modules=[query], modules_to_save=["classifier"], init_lora_weights=False
+    )
+    theirs, ours = (peft.get_peft_model(model, config).eval() for model in models)
+    ours.load_state_dict(theirs.state_dict())
+    inputs = inputs_of(head, RIGHT)
+    assert obstacle(ours.base_model.model.base_model) is None
+    with torch.no_grad():
+        check(ours(**inputs), theirs, RIGHT.bool(), head, **inputs)

@@ -74,7 +74,7 @@ def _by_name(theirs: type[nn.Module], kind: type[DropIn]) -> Callable:
     @wraps(theirs.forward)
     def forward(self, *args, **kwargs):
         inputs = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or not inputs.keys().isdisjoint(kwargs):
+        if len(args) > len(names) or any(name in kwargs for name in inputs):
             signature.bind(self, *args, **kwargs)  # raises what Python would
         inputs.update(kwargs)
         return_dict = inputs.pop("return_dict", None)

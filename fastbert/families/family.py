@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -55,12 +54,18 @@ class LayerParts:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @cached_property
-    def _get(self) -> Callable[[nn.Module], tuple]:
-        return attrgetter(*self._places.values())
+    def _steps(self) -> list[tuple[str, list[str]]]:
+        return [(name, path.split(".")) for name, path in self._places.items()]
 
     def of(self, layer: nn.Module) -> dict[str, Any]:
         """The parts of a layer, under the names above."""
-        return dict(zip(self._places, self._get(layer), strict=True))
+        found = {}
+        for name, steps in self._steps:  # which a compiler can follow
+            part = layer
+            for step in steps:
+                part = getattr(part, step)
+            found[name] = part
+        return found
 
     def chunks_of(self, layer: nn.Module) -> nn.Module:
         """What has ``chunk_size_feed_forward``."""
