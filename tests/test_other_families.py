@@ -59,10 +59,38 @@ def test_what_stands_beside_a_model_is_transformers_own():
     assert AutoTokenizer is transformers.AutoTokenizer
 
 
-@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM", "DebertaModel", "pipeline"])
+@pytest.mark.parametrize("name", ["DebertaModel", "DebertaForMaskedLM", "pipeline"])
 def test_another_model_is_not_imported_in_silence(name):
     with pytest.raises(ImportError, match=rf"fastbert has no {name}: .*fastbert\.accelerate"):
         exec(f"from fastbert import {name}")
     with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
         exec("from fastbert import Nonsense")
     assert not hasattr(fastbert, "nonsense")
+
+
+def test_auto_classes_give_ours_where_there_are_some(tmp_path, caplog):
+    from fastbert import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    config = transformers.RobertaConfig(**SIZES)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "ours")
+    for auto, name in (
+        (AutoModel, "RobertaModel"),
+        (AutoModelForSequenceClassification, "RobertaForSequenceClassification"),
+        (AutoModelForMaskedLM, "RobertaForMaskedLM"),
+    ):
+        model = auto.from_pretrained(tmp_path / "ours", padding="keep")
+        assert type(model) is getattr(fastbert, name) and model.padding == "keep"
+        assert type(auto.from_config(config)) is type(model)
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "ours")) is (
+        transformers.RobertaModel
+    )
+    assert not [r for r in caplog.records if r.name == "fastbert"]
+    other = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99)
+    transformers.GPT2Model(other).save_pretrained(tmp_path / "theirs")
+    assert type(AutoModel.from_pretrained(tmp_path / "theirs")) is transformers.GPT2Model
+    (record,) = [r for r in caplog.records if r.name == "fastbert"]
+    assert record.getMessage().endswith("AutoModel gives transformers' own class for type 'gpt2'")
+    with pytest.raises(ValueError, match="expected no frozen for a model of type 'gpt2'"):
+        AutoModel.from_pretrained(tmp_path / "theirs", frozen=True)
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoModel(config)

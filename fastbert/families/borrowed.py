@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 __all__ = ["class_for", "from_transformers"]
 
@@ -21,8 +22,12 @@ def from_transformers(name: str) -> Any:
     value = getattr(transformers, name, None)
     if value is None:
         raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    if isinstance(value, type) and issubclass(value, _BaseAutoModelClass):
+        from .auto import auto_class  # which needs all of the classes
+
+        return auto_class(value)
     is_model = isinstance(value, type) and issubclass(value, transformers.PreTrainedModel)
-    if is_model or name == "pipeline" or name.startswith(("AutoModel", "TF", "Flax")):
+    if is_model or name == "pipeline" or name.startswith(("TF", "Flax")):
         made = f"transformers.{name}(...)" if name == "pipeline" else f"{name}.from_pretrained(...)"
         inside = "the pipeline's .model" if name == "pipeline" else "it"
         raise ImportError(

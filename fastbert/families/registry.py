@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from functools import cache
 from typing import NamedTuple
 
@@ -48,16 +49,22 @@ _LISTED = {
     "distilbert": _Listed("DistilBert", "distilbert", "distilbert.modeling_distilbert"),
 }
 MODEL_TYPES = tuple(_LISTED)  # as configurations name families
+_loading = threading.RLock()  # a family has one class for each of transformers'
 _BY_CODE = {f"transformers.models.{each.code}": name for name, each in _LISTED.items()}
 
 
-@cache
 def load(model_type: str) -> Family:
     """A family, whose classes can be used from now on.
 
     Raises:
         KeyError: there is none of this name.
     """
+    with _loading:
+        return _load(model_type)
+
+
+@cache
+def _load(model_type: str) -> Family:
     page = importlib.import_module(f"{__package__}.{_LISTED[model_type].page}")
     family: Family = page.FAMILY
     known.learn(family.code, family.row_wise)
