@@ -143,7 +143,7 @@ def accelerate(
             f"covered are {', '.join(MODEL_TYPES)}"
         )
     for _, encoder in encoders:
-        check_config(encoder.config, family_of(type(encoder)))
+        check_config(encoder.config)
     with changing(model.modules()):
         changed = to_twins(model)
         try:

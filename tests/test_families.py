@@ -290,3 +290,26 @@ def test_low_rank_updates_and_a_head_that_peft_saves_whole(family, head, on_torc
     assert obstacle(ours.base_model.model.base_model) is None
     with torch.no_grad():
         check(ours(**inputs), theirs, RIGHT.bool(), head, **inputs)
+
+
+@pytest.mark.parametrize("name", ["DPRContextEncoder", "DPRQuestionEncoder", "DPRReader"])
+def test_dpr_has_a_bert_inside(name, on_torch):
+    config = transformers.DPRConfig(**SIZES)
+    theirs, ours = (getattr(transformers, name)(config).eval() for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    handle = fastbert.accelerate(ours)
+    assert handle.changed and not handle.notes
+    inputs = {k: v for k, v in inputs_of("BertModel", RIGHT).items() if k != "token_type_ids"}
+    real = RIGHT.bool()
+    with torch.no_grad():
+        actual, specification = ours(**inputs), specified_by(theirs, list_of(real), **inputs)
+        assert_matches(list_of(real)(actual), *specification, name)
+
+
+def list_of(real):
+    """An output's tensors, those by token at tokens alone."""
+
+    def read(output):
+        return [t[real] if t.shape[:2] == real.shape else t for t in output.to_tuple()]
+
+    return read

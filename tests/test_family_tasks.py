@@ -145,3 +145,23 @@ def test_scores_are_those_of_a_loop(family, folders, tmp_path):
     if family == "roberta":
         with pytest.raises(InputError, match="marks where words begin"):
             Template.of("rome is <mask>", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("xlm-roberta", "XLMRobertaForSequenceClassification"),
+     ("mpnet", "MPNetForSequenceClassification")],
+)  # fmt: skip
+def test_a_cross_encoder_says_the_same(family, head, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    pairs = [("rome is a city", "the paris of word1"), ("a", "spain is a word2 of word4"),
+             ("city", "of")]  # fmt: skip
+    roberta_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    getattr(transformers, head)(config_of(family, num_labels=1)).save_pretrained(tmp_path)
+    model = CrossEncoder(str(tmp_path), device="cpu")
+    expected = model.predict(pairs)
+    with fastbert.accelerate(model) as handle:
+        assert not handle.notes
+        np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-4, atol=1e-5)

@@ -173,7 +173,12 @@ class DropIn:
         frozen: bool = False,
         **kwargs,
     ):
-        check_config(config, self.family)
+        if not isinstance(config, self.family.config):
+            raise ValueError(
+                f"fastbert: expected a transformers.{self.family.config.__name__}, got a "
+                f"{type(config).__name__}"
+            )
+        check_config(config)
         super().__init__(config, *args, **kwargs)
         to_twins(self)
         set_options(
@@ -279,18 +284,12 @@ def _check_type(cls: type[DropIn], source, kwargs: dict) -> None:
     )
 
 
-def check_config(config: PreTrainedConfig, family: Family) -> None:
+def check_config(config: PreTrainedConfig) -> None:
     """Refuse a config that asks for something that transformers 5 would silently leave out.
 
     Raises:
-        ValueError: a config of another family.
         NotImplementedError: relative position embeddings, which transformers 5 no longer has.
     """
-    if not isinstance(config, family.config):
-        raise ValueError(
-            f"fastbert: expected a transformers.{family.config.__name__}, got a "
-            f"{type(config).__name__}"
-        )
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise NotImplementedError(
