@@ -32,6 +32,7 @@ NAMES = {  # where a family's configuration has others
                    "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"},
 }  # fmt: skip
 MORE = {
+    "ernie": {"use_task_id": True},
     "electra": {"embedding_size": 16, "type_vocab_size": 2},
     "albert": {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2},
 }
@@ -73,13 +74,15 @@ def labels_for(head, config):
                 "end_positions": torch.tensor([8, 3, 0, 6])}  # fmt: skip
     if head.endswith("MultipleChoice"):
         return {"labels": torch.tensor([1, 0])}
-    if head.endswith("SequenceClassification"):
+    if head.endswith(("SequenceClassification", "NextSentencePrediction")):
         return {"labels": torch.tensor([1, 0, 0, 1])}
     many = {"MaskedLM": config.vocab_size}.get(head.split("For")[-1], 2)
     labels = torch.randint(0, many, (4, 9), generator=generator)
     found = {"labels": labels.masked_fill(RIGHT == 0, -100)}
-    if "sentence_order_label" in inspect.signature(getattr(fastbert, head).forward).parameters:
-        found["sentence_order_label"] = torch.tensor([1, 0, 0, 1])
+    arguments = inspect.signature(getattr(fastbert, head).forward).parameters
+    for name in ("sentence_order_label", "next_sentence_label"):
+        if name in arguments:
+            found[name] = torch.tensor([1, 0, 0, 1])
     return found
 
 
@@ -191,7 +194,11 @@ def test_labelled_rows_give_the_loss_of_all_logits(family, head, on_torch):
 
 @pytest.mark.parametrize(
     ("family", "head"),
-    [pair for pair in HEADS if not pair[1].endswith(("Choice", "CausalLM", "Decoder", "Training"))],
+    [
+        pair
+        for pair in HEADS
+        if not pair[1].endswith(("Choice", "CausalLM", "Decoder", "Training", "Prediction"))
+    ],
 )
 def test_packed_sequences_are_those_of_a_padded_batch(family, head, on_torch):
     """``cu_seq_lens_q`` with positions as the family counts them; a head that reads the first token
@@ -313,3 +320,16 @@ def list_of(real):
         return [t[real] if t.shape[:2] == real.shape else t for t in output.to_tuple()]
 
     return read
+
+
+def test_tasks_of_ernie(on_torch):
+    theirs, ours = pair_of("ernie", "ErnieModel")
+    inputs = inputs_of("ErnieModel", RIGHT)
+    tasks = torch.randint(0, 3, (4, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        actual = ours(**inputs, task_type_ids=tasks)
+        check(actual, theirs, RIGHT.bool(), "tasks", **inputs, task_type_ids=tasks)
+        assert not torch.equal(actual[0], ours(**inputs)[0])
+    theirs, ours = pair_of("ernie", "ErnieModel", use_task_id=False)
+    with torch.no_grad():
+        check(ours(**inputs), theirs, RIGHT.bool(), "no tasks", **inputs)

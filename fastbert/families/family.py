@@ -86,6 +86,7 @@ class EmbeddingParts:
 
     Attributes:
         word, position, token_type: tables; a family may have no token types.
+        task_type: one more, of ``task_type_ids``; a model may be without.
         norm, dropout: behind the sum.
         counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
             from behind it on, as fairseq does; otherwise columns, from 0 on.
@@ -96,16 +97,16 @@ class EmbeddingParts:
     word: str = "word_embeddings"
     position: str = "position_embeddings"
     token_type: str | None = "token_type_embeddings"
+    task_type: str | None = None
     norm: str = "LayerNorm"
     dropout: str = "dropout"
     counts_tokens: bool = False
     projection: str | None = None
 
-    @property
-    def modules(self) -> list[str]:
-        """Names of all of them."""
-        names = (self.word, self.position, self.token_type, self.norm, self.dropout)
-        return [name for name in names if name is not None]
+    def modules_of(self, embeddings: nn.Module) -> list[str]:
+        """Names of all of them that there are."""
+        names = (self.word, self.position, self.token_type, self.task_type, self.norm, self.dropout)
+        return [name for name in names if name is not None and hasattr(embeddings, name)]
 
     def first_position(self, embeddings: nn.Module) -> int:
         """Of a sequence."""

@@ -273,6 +273,7 @@ def embed_rows(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    task_type_ids: Tensor | None,
 ) -> Tensor:
     """The rows ``[T, E]`` that enter the first layer."""
     embeddings, sums = model.embeddings, model.family.sums
@@ -295,8 +296,10 @@ def embed_rows(
         types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
     tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
     norm = modules.norm(getattr(embeddings, sums.norm))
+    task = None if sums.task_type is None else getattr(embeddings, sums.task_type, None)
     if (
         words is not None
+        and task is None
         and isinstance(norm, tuple)
         and all(table is None or modules.is_plain_embedding(table) for table in tables.values())
         and (kind is None or kind.padding_idx is None)
@@ -314,6 +317,9 @@ def embed_rows(
         hidden = batch.pack(inputs_embeds) if words is None else word(words)
         hidden = hidden if kind is None else hidden + kind(types)
         hidden = hidden + position(positions)
+        if task is not None:
+            tasks = positions.new_zeros(1) if task_type_ids is None else rows(task_type_ids)
+            hidden = hidden + task(tasks)
         if isinstance(norm, tuple):
             hidden = ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
         else:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils import ModelOutput
 
 from .. import ops
@@ -53,13 +52,6 @@ class LabelledOutput(MaskedLMOutput):
     Attributes:
         num_correct: labelled tokens whose label no logit is above, int64.
     """
-
-    num_correct: Tensor | None = None
-
-
-@dataclass
-class PreTrainingOutput(BertForPreTrainingOutput):
-    """The same of `PreTrainingHead`; see `LabelledOutput`."""
 
     num_correct: Tensor | None = None
 
@@ -143,7 +135,14 @@ class MaskedLMHead(Head):
 
 
 class PreTrainingHead(MaskedLMHead):
-    """A masked-LM head, and one that says whether the second sentence is the next one."""
+    """A masked-LM head, and one that says whether the second sentence is the next one.
+
+    Attributes:
+        output, labelled: of a call; the second one also has ``num_correct``.
+    """
+
+    output: type[ModelOutput]
+    labelled: type[ModelOutput]
 
     def run(self, inputs: dict[str, Any]) -> ModelOutput:
         """A call, whose arguments come by name."""
@@ -174,14 +173,14 @@ class PreTrainingHead(MaskedLMHead):
             if num_items is not None:  # this batch's share of the batches of a step
                 next_sentence = next_sentence * (count / at_least_one(num_items))
             loss = loss + next_sentence
-        output = BertForPreTrainingOutput(
+        output = self.output(
             loss=loss,
             prediction_logits=None if skip else _padded(scores, call),
             seq_relationship_logits=relation,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if chosen is None else chosen.counted(PreTrainingOutput, output)
+        return output if chosen is None else chosen.counted(self.labelled, output)
 
 
 def _padded(scores: Tensor, call: Call | None) -> Tensor:

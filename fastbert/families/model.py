@@ -333,7 +333,10 @@ class PackedModel(DropIn):
             _selected(want_hidden, len(family.layers(self)) + 1),
             forced(),
         )
-        rows = embed_rows(self, batch, input_ids, token_type_ids, position_ids, inputs_embeds)
+        rows = embed_rows(
+            self, batch, input_ids, token_type_ids, position_ids, inputs_embeds,
+            inputs.get("task_type_ids"),
+        )  # fmt: skip
         rows = call.record(rows)
         rows = self._encoded(rows, call, found, bool(want_hidden or want_attentions))
         last, pooled = call.hidden_states[-1] if want_hidden else None, None

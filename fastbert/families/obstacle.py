@@ -76,7 +76,7 @@ def _module_obstacle(model: nn.Module, family: Family) -> str | None:
         if not known.untouched(part, cls):
             return _replaced(part, cls.__name__)
     reason = _part(encoder, family.encoder.__name__, *family.watched) or _part(
-        embeddings, family.embeddings.__name__, *family.sums.modules
+        embeddings, family.embeddings.__name__, *family.sums.modules_of(embeddings)
     )
     projection = family.projection_of(model)
     if reason is None and projection is not None:

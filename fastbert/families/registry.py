@@ -40,6 +40,7 @@ _LISTED = {
     "xlm-roberta": _Listed("XLMRoberta", "xlm_roberta", "xlm_roberta.modeling_xlm_roberta"),
     "camembert": _Listed("Camembert", "camembert", "camembert.modeling_camembert"),
     "data2vec-text": _Listed("Data2VecText", "data2vec_text", "data2vec.modeling_data2vec_text"),
+    "ernie": _Listed("Ernie", "ernie", "ernie.modeling_ernie"),
     "electra": _Listed("Electra", "electra", "electra.modeling_electra"),
     "mpnet": _Listed("MPNet", "mpnet", "mpnet.modeling_mpnet"),
     "albert": _Listed("Albert", "albert", "albert.modeling_albert"),
