@@ -37,6 +37,7 @@ __all__ = [
     "encode_layer",
     "encode_layers",
     "encode_on_onednn",
+    "normalised",
 ]
 
 
@@ -81,6 +82,8 @@ class LayerWeights(NamedTuple):
         scale: factor for the scores.
         attention_dropout, hidden_dropout, output_dropout: probabilities, 0 outside training.
         unfused: attention in torch runs as operations that have second derivatives.
+        pre_norm: the norms are in front of attention and of the feed-forward part, and not behind
+            what is added up.
     """
 
     qkv: Stacked | tuple[Projection, Projection, Projection] | tuple[Linear]
@@ -96,6 +99,7 @@ class LayerWeights(NamedTuple):
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     unfused: bool = False
+    pre_norm: bool = False
 
 
 class Layers:
@@ -114,7 +118,7 @@ class Layers:
 
 def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
     """What a layer without dropout computes with, if it is tensors and a named activation."""
-    if isinstance(weights.qkv, Stacked):
+    if isinstance(weights.qkv, Stacked) or weights.pre_norm:
         return None
     linears = (*weights.qkv, weights.attention_output, weights.intermediate, weights.output)
     norms = (weights.attention_norm, weights.output_norm)
@@ -241,7 +245,8 @@ def encode_layer(
     weights: LayerWeights,
     attentions: list[Tensor] | None = None,
 ) -> Tensor:
-    """One encoder layer of BERT (Devlin et al., 1810.04805), post-norm.
+    """One encoder layer of BERT (Devlin et al., 1810.04805), or one with its norms in front (Xiong
+    et al., 2002.04745).
 
     Args:
         hidden: ``[T, E]`` packed rows.
@@ -253,6 +258,8 @@ def encode_layer(
     Returns:
         ``[T, E]``.
     """
+    if weights.pre_norm:
+        return _encode_pre_norm(hidden, batch, weights, attentions)
     if attentions is None and _is_one_half(hidden, batch, weights):
         hidden = attention_half(
             hidden, batch, *weights.qkv, *weights.attention_output, *weights.attention_norm[:2],
@@ -278,6 +285,28 @@ def encode_layer(
         )  # fmt: skip
     inner = _project(hidden, first, weights.activation)
     return _add_norm(inner, second, hidden, norm, weights.output_dropout)
+
+
+def _encode_pre_norm(
+    hidden: Tensor,
+    batch: PackedBatch | PaddedBatch,
+    weights: LayerWeights,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    context = _attend(normalised(hidden, weights.attention_norm), batch, weights, attentions)
+    mixed = _project(context, weights.attention_output)
+    hidden = hidden + F.dropout(mixed, weights.hidden_dropout)
+    inner = _project(
+        normalised(hidden, weights.output_norm), weights.intermediate, weights.activation
+    )
+    return hidden + F.dropout(_project(inner, weights.output), weights.output_dropout)
+
+
+def normalised(x: Tensor, norm: Norm | Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows behind a norm."""
+    if isinstance(norm, Norm):
+        return ops.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
 
 
 def _is_one_half(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: LayerWeights) -> bool:

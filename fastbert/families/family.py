@@ -20,16 +20,16 @@ __all__ = ["EmbeddingParts", "Family", "Head", "LayerParts", "VocabularyHead", "
 class LayerParts:
     """Where a layer keeps what it computes with: dotted names, from the layer on.
 
-    Post-norm: each half's output is added to what went into it, then comes the norm.
-
     Attributes:
         attention: has ``attention_head_size``, and may have ``scaling`` (or it is the usual one),
             ``is_causal`` and ``config``.
         query, key, value: its projections.
         attention_dropout, hidden_dropout, output_dropout: of the probabilities, and of what is
             added to the residual behind attention and behind the feed-forward part; None for none.
-        attention_output, attention_norm: behind attention.
-        intermediate, activation, output, output_norm: the feed-forward part.
+        attention_output, attention_norm: behind attention, where the norm comes behind what is
+            added up; with ``pre_norm`` it is in front of attention.
+        intermediate, activation, output, output_norm: the feed-forward part, likewise.
+        pre_norm: where the norms are.
         chunks: what has ``chunk_size_feed_forward``; "" for the layer.
     """
 
@@ -47,10 +47,12 @@ class LayerParts:
     output_dropout: str | None = "output.dropout"
     output_norm: str = "output.LayerNorm"
     chunks: str = ""
+    pre_norm: bool = False
 
     @cached_property
     def _places(self) -> dict[str, str]:
-        names = (name for name in self.__dataclass_fields__ if name != "chunks")
+        settings = ("chunks", "pre_norm")
+        names = (name for name in self.__dataclass_fields__ if name not in settings)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @cached_property
@@ -87,7 +89,7 @@ class EmbeddingParts:
     Attributes:
         word, position, token_type: tables; a family may have no token types.
         task_type: one more, of ``task_type_ids``; a model may be without.
-        norm, dropout: behind the sum.
+        norm, dropout: behind the sum; a family may have no norm there.
         counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
             from behind it on, as fairseq does; otherwise columns, from 0 on.
         projection: a dotted name in the model, from the width of the embeddings to that of the
@@ -98,7 +100,7 @@ class EmbeddingParts:
     position: str = "position_embeddings"
     token_type: str | None = "token_type_embeddings"
     task_type: str | None = None
-    norm: str = "LayerNorm"
+    norm: str | None = "LayerNorm"
     dropout: str = "dropout"
     counts_tokens: bool = False
     projection: str | None = None
@@ -179,6 +181,7 @@ class Family:
         pool: from the model and hidden states ``[B, S, E]``, of which column 0 is read.
         calls_layers: the encoder's own loop cannot be given packed rows, and is left out.
         watched: parts of the encoder beside its layers.
+        final_norm: behind the last layer, a dotted name in the model; or None.
         score_bias: what is added to the scores of all layers: from the model and the longest
             sequence's length, ``[H, S, S]``; it depends on places in the sequence alone.
     """
@@ -203,6 +206,7 @@ class Family:
     pool: Callable[[nn.Module, Tensor], Tensor] = _pooled
     calls_layers: bool = False
     watched: tuple[str, ...] = ()
+    final_norm: str | None = None
     score_bias: Callable[[nn.Module, int], Tensor] | None = None
 
     def max_length(self, config: Any) -> int:

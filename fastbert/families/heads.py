@@ -40,6 +40,10 @@ class Head(DropIn):
         """transformers' forward."""
         return self.theirs.forward(self, **inputs, return_dict=True)
 
+    def run(self, inputs: dict[str, Any]) -> ModelOutput:
+        """A call, whose arguments come by name."""
+        return self.call_theirs(inputs)
+
 
 class SequenceHead(Head):
     """Its loss is a mean over sequences; ``num_items_in_batch``, the labels of a step of several

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
-from ..encoder import Linear
+from ..encoder import Linear, normalised
 from ..ops.embedding import check_range
 from ..packing import PackedBatch, PaddedBatch
 from . import modules
@@ -295,7 +295,7 @@ def embed_rows(
         kind = getattr(embeddings, sums.token_type)
         types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
     tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
-    norm = modules.norm(getattr(embeddings, sums.norm))
+    norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
     task = None if sums.task_type is None else getattr(embeddings, sums.task_type, None)
     if (
         words is not None
@@ -320,10 +320,7 @@ def embed_rows(
         if task is not None:
             tasks = positions.new_zeros(1) if task_type_ids is None else rows(task_type_ids)
             hidden = hidden + task(tasks)
-        if isinstance(norm, tuple):
-            hidden = ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            hidden = norm(hidden)
+        hidden = hidden if norm is None else normalised(hidden, norm)
     hidden = F.dropout(hidden, modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0)
     projection = model.family.projection_of(model)
     if projection is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
-from ..encoder import LayerWeights, encode_layer, encode_layers
+from ..encoder import LayerWeights, encode_layer, encode_layers, normalised
 from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
@@ -135,6 +135,12 @@ class Call(NamedTuple):
         states.append(here.padded(rows))
         return here._resume(states[-1], rows)
 
+    def record_instead(self, rows: Tensor) -> Tensor:
+        """`record`, in the place of the last ones."""
+        if self.hidden_states is not None:
+            self.hidden_states.pop()
+        return self.record(rows)
+
     def _resume(self, shown: Tensor, rows: Tensor) -> Tensor:
         """Rows again, which are made from what is shown where a gradient is wanted."""
         if not (torch.is_grad_enabled() and rows.requires_grad):
@@ -206,6 +212,7 @@ def _layer_weights(layer: PackedLayer) -> LayerWeights:
         output_norm=modules.norm(part["output_norm"]),
         head_size=attention.attention_head_size,
         scale=getattr(attention, "scaling", attention.attention_head_size**-0.5),
+        pre_norm=layer.family.parts.pre_norm,
         unfused=config is None or config._attn_implementation == "eager",
         attention_dropout=modules.dropout_p(part["attention_dropout"]) or 0.0,
         hidden_dropout=(hidden_dropout and modules.dropout_p(hidden_dropout)) or 0.0,
@@ -339,6 +346,9 @@ class PackedModel(DropIn):
         )  # fmt: skip
         rows = call.record(rows)
         rows = self._encoded(rows, call, found, bool(want_hidden or want_attentions))
+        if family.final_norm is not None:
+            norm = modules.norm(self.get_submodule(family.final_norm))
+            rows = call.record_instead(normalised(rows, norm))
         last, pooled = call.hidden_states[-1] if want_hidden else None, None
         if last is None and not as_rows and not first_only:
             last = call.padded(rows)
@@ -355,7 +365,7 @@ class PackedModel(DropIn):
             output["hidden_states"] = tuple(call.hidden_states)
         if want_attentions:
             output["attentions"] = tuple(call.attentions)
-            if "cross_attentions" in output.__dataclass_fields__:
+            if "cross_attentions" in (self._can_record_outputs or ()):
                 output["cross_attentions"] = ()
         if as_rows:
             output.call = call

@@ -82,6 +82,9 @@ def _module_obstacle(model: nn.Module, family: Family) -> str | None:
     if reason is None and projection is not None:
         owner, _, name = family.sums.projection.rpartition(".")
         reason = _part(model.get_submodule(owner), family.model.__name__, name)
+    if reason is None and family.final_norm is not None:
+        owner, _, name = family.final_norm.rpartition(".")
+        reason = _part(model.get_submodule(owner), family.model.__name__, name)
     for holder, cls in family.holders(model):
         if reason is None and not (type(holder) is cls and known.plain(holder, cls)):
             reason = f"the layers are in a {type(holder).__name__}, or it has a hook"

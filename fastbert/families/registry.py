@@ -41,6 +41,17 @@ _LISTED = {
     "camembert": _Listed("Camembert", "camembert", "camembert.modeling_camembert"),
     "data2vec-text": _Listed("Data2VecText", "data2vec_text", "data2vec.modeling_data2vec_text"),
     "ernie": _Listed("Ernie", "ernie", "ernie.modeling_ernie"),
+    "megatron-bert": _Listed(
+        "MegatronBert", "megatron_bert", "megatron_bert.modeling_megatron_bert"
+    ),
+    "roberta-prelayernorm": _Listed(
+        "RobertaPreLayerNorm",
+        "roberta_prelayernorm",
+        "roberta_prelayernorm.modeling_roberta_prelayernorm",
+    ),
+    "xlm-roberta-xl": _Listed(
+        "XLMRobertaXL", "xlm_roberta_xl", "xlm_roberta_xl.modeling_xlm_roberta_xl"
+    ),
     "electra": _Listed("Electra", "electra", "electra.modeling_electra"),
     "mpnet": _Listed("MPNet", "mpnet", "mpnet.modeling_mpnet"),
     "albert": _Listed("Albert", "albert", "albert.modeling_albert"),

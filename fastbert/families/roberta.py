@@ -2,6 +2,7 @@
 count tokens, a head that reads the first token of hidden states."""
 
 from types import ModuleType
+from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.roberta import modeling_roberta
@@ -11,9 +12,21 @@ from .heads import Head as PlainHead
 from .heads import MultipleChoiceHead, QuestionAnsweringHead, SequenceHead, TokenHead
 from .masked_lm import MaskedLMHead
 
+_SUMS = EmbeddingParts(counts_tokens=True)
 
-def like_roberta(model_type: str, code: ModuleType, prefix: str) -> Family:
-    """A family with RoBERTa's code under other names."""
+
+def like_roberta(
+    model_type: str,
+    code: ModuleType,
+    prefix: str,
+    sums: EmbeddingParts = _SUMS,
+    **different: Any,
+) -> Family:
+    """A family with RoBERTa's heads under other names.
+
+    Args:
+        sums, different: as in `like_bert`.
+    """
     lm_head = getattr(code, f"{prefix}LMHead")
     vocabulary = VocabularyHead(
         modules=("lm_head",),
@@ -29,7 +42,7 @@ def like_roberta(model_type: str, code: ModuleType, prefix: str) -> Family:
         code,
         prefix,
         output=BaseModelOutputWithPoolingAndCrossAttentions,
-        sums=EmbeddingParts(counts_tokens=True),
+        sums=sums,
         heads={
             f"{prefix}ForMaskedLM": Head(MaskedLMHead, {"vocabulary": vocabulary}),
             f"{prefix}ForSequenceClassification": Head(SequenceHead, {"first": first}),
@@ -39,6 +52,7 @@ def like_roberta(model_type: str, code: ModuleType, prefix: str) -> Family:
             f"{prefix}ForCausalLM": Head(PlainHead),  # a decoder, which runs transformers' code
         },
         row_wise=(lm_head,),
+        **different,
     )
 
 

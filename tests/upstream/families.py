@@ -57,7 +57,9 @@ def _family(model_type: str) -> Family:
     family, names = registry.load(model_type), OTHER_NAMES.get(model_type, {})
     sizes = {names.get(name, name): value for name, value in SIZES.items()}
     classes = (family.model.__name__, *family.heads)
-    return Family(family.config, classes, sizes, family.sums.token_type is not None)
+    takes_types = family.sums.token_type is not None
+    sizes |= {"type_vocab_size": 2} if takes_types else {}
+    return Family(family.config, classes, sizes, takes_types)
 
 
 _NAMES = os.environ.get("FAMILIES") or ",".join(registry.MODEL_TYPES)
