@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "accelerate": "fastbert.acceleration",
     "backend": "fastbert.ops.backend",
+    "register_attention": "fastbert.families.interface",
 }
 _MODULES = ("ops", "packing", "testing")
 

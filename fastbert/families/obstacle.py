@@ -22,7 +22,7 @@ __all__ = ["Found", "call_obstacle", "examine", "obstacle", "say_once"]
 
 _log = logging.getLogger("fastbert")
 _said: set[str] = set()
-_ATTENTION_LIBRARY = ("sdpa", "flex_attention", "flash_attention")
+_ATTENTION_LIBRARY = ("sdpa", "flex_attention", "flash_attention", "fastbert")
 _ONLY_COUNT = {"torch.utils.module_tracker"}  # for FLOPs by module; what is called is no matter
 
 
@@ -166,7 +166,7 @@ def _attention_obstacle(config) -> str | None:
         return None
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if implementation.startswith(_ATTENTION_LIBRARY) and (
-        function is None or function.__module__.startswith("transformers.")
+        function is None or function.__module__.startswith(("transformers.", "fastbert."))
     ):
         return None
     return f"the attention was replaced (attn_implementation={implementation!r})"

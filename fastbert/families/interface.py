@@ -1,0 +1,95 @@
+"""``attn_implementation="fastbert"``: packed attention in encoders of transformers that have no
+family here.
+
+Rows stay padded between attentions, so it gains less than a family does; it is for what has rotary
+positions or gated layers, as NomicBERT and EuroBERT have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from .. import ops
+from ..packing import PackedBatch
+
+__all__ = ["NAME", "attend", "register_attention"]
+
+NAME = "fastbert"
+_NOT_DONE = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+# Of a mask that all layers of a call are given: its version then, and the batch.
+_batches: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="fastbert"`` known to transformers, for this process."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)  # which hands on the padding
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over real tokens, in transformers' form.
+
+    Args:
+        module: whose attention it is; ``num_key_value_groups`` and ``is_causal`` are read of it.
+        query: ``[B, H, S, D]``; key, value: ``[B, H or a part of it, S, D]``.
+        attention_mask: ``[B, S]``, where tokens are real, or None.
+        dropout, scaling: as in `fastbert.ops.attention_varlen`.
+
+    Returns:
+        ``[B, S, H, D]`` with zeros at padding, and None for the weights.
+
+    Raises:
+        NotImplementedError: causal attention, keys of other sequences, or something else that is
+            not padding.
+    """
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    asked = [name for name in _NOT_DONE if kwargs.get(name) is not None]
+    asked += ["is_causal"] * bool(causal and query.shape[2] > 1)
+    if key.shape[2] != query.shape[2]:
+        asked.append("keys of other sequences")
+    if asked:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r}: expected an encoder's full self-attention, got "
+            f"{', '.join(asked)} in a {type(module).__name__}; use 'sdpa'"
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    batch = _batch_of(attention_mask, query)
+    rows = (batch.pack(t.transpose(1, 2)) for t in (query, key, value))
+    context = ops.attention_varlen(*rows, batch, scale=scaling, dropout_p=dropout)
+    return batch.unpack(context), None
+
+
+def _batch_of(mask: Tensor | None, query: Tensor) -> PackedBatch:
+    if mask is None:
+        return PackedBatch.dense(query.shape[0], query.shape[2], query.device)
+    if mask.dim() != 2:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r}: expected a mask [batch, length] for padding, got "
+            f"{tuple(mask.shape)}; use 'sdpa'"
+        )
+    if torch.compiler.is_compiling():
+        return PackedBatch.from_mask(mask, query.device)
+    # transformers makes a tensor of its own of the mask in every call: nobody writes to it.
+    version = -1 if mask.is_inference() else mask._version
+    found = _batches.get(mask)
+    if found is None or found[0] != version:
+        found = _batches[mask] = (version, PackedBatch.from_mask(mask, query.device))
+    return found[1]

@@ -1,0 +1,92 @@
+"""attn_implementation="fastbert", in encoders that have no family."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny import RIGHT, specified_by, tiny_config
+
+import fastbert
+from fastbert.testing import assert_matches
+
+IDS = torch.randint(5, 99, (4, 9), generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 64, "vocab_size": 99, "pad_token_id": 0}  # fmt: skip
+MODELS = {
+    "NomicBertModel": lambda: transformers.NomicBertConfig(**SIZES),
+    "EuroBertModel": lambda: transformers.EuroBertConfig(**SIZES, num_key_value_heads=2),
+    "BertModel": lambda: tiny_config(initializer_range=0.3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    fastbert.register_attention()
+
+
+def both(name, device="cpu", **changes):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = MODELS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, name)(copy.deepcopy(config)).eval().to(device)
+    theirs.set_attn_implementation("eager")
+    ours = getattr(transformers, name)(copy.deepcopy(config)).eval().to(device)
+    ours.load_state_dict(theirs.state_dict())
+    ours.set_attn_implementation("fastbert")
+    return theirs, ours
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT.flip(1), RIGHT * (torch.arange(9) != 2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_encoders_without_a_family_are_as_exact(name, mask, device, each_backend):
+    theirs, ours = both(name, device)
+    inputs = {
+        "input_ids": IDS.to(device),
+        "attention_mask": None if mask is None else mask.to(device),
+    }
+    real = torch.ones_like(RIGHT) if mask is None else mask
+
+    def read(output):
+        return [output.last_hidden_state[real.bool().to(device)]]
+
+    specification, parameters = specified_by(theirs, read, **inputs)
+    with torch.no_grad():
+        for _ in range(2):  # a batch is remembered by its mask
+            assert_matches(read(ours(**inputs)), specification, parameters, name)
+
+
+def test_gradients(on_torch):
+    theirs, ours = both("EuroBertModel", attention_dropout=0.0)
+    for model in (theirs, ours):
+        model.train()(IDS, attention_mask=RIGHT)[0][RIGHT.bool()].square().sum().backward()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_an_encoders_attention_is_refused(on_torch):
+    sizes = {**SIZES, "pad_token_id": 0}
+    decoder = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+    decoder.set_attn_implementation("fastbert")
+    with pytest.raises(NotImplementedError, match="got is_causal in a LlamaAttention"):
+        decoder(IDS)
+    local = transformers.ModernBertModel(
+        transformers.ModernBertConfig(**sizes, global_attn_every_n_layers=2)
+    )
+    local.set_attn_implementation("fastbert")
+    with pytest.raises(NotImplementedError, match="got sliding_window in a ModernBertAttention"):
+        local(IDS)
+    _, ours = both("NomicBertModel")
+    with pytest.raises(NotImplementedError, match="a mask \\[batch, length\\] for padding"):
+        ours(IDS, attention_mask=torch.ones(4, 1, 9, 9, dtype=torch.bool))
+
+
+def test_a_family_is_packed_all_the_same(on_torch):
+    from fastbert.families.obstacle import obstacle
+
+    _, ours = both("BertModel")
+    fastbert.accelerate(ours)
+    assert obstacle(ours) is None
