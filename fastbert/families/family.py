@@ -56,17 +56,23 @@ class LayerParts:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @cached_property
-    def _steps(self) -> list[tuple[str, list[str]]]:
-        return [(name, path.split(".")) for name, path in self._places.items()]
+    def _steps(self) -> list[tuple[list[str], list[tuple[str, str]]]]:
+        """The way to each owner, and what it holds: names here and there."""
+        by_owner: dict[str, list[tuple[str, str]]] = {}
+        for name, path in self._places.items():
+            owner, _, last = path.rpartition(".")
+            by_owner.setdefault(owner, []).append((name, last))
+        return [(owner.split(".") if owner else [], held) for owner, held in by_owner.items()]
 
     def of(self, layer: nn.Module) -> dict[str, Any]:
         """The parts of a layer, under the names above."""
         found = {}
-        for name, steps in self._steps:  # which a compiler can follow
-            part = layer
+        for steps, held in self._steps:  # plain loops, which a compiler can follow
+            owner = layer
             for step in steps:
-                part = getattr(part, step)
-            found[name] = part
+                owner = getattr(owner, step)
+            for name, last in held:
+                found[name] = getattr(owner, last)
         return found
 
     def chunks_of(self, layer: nn.Module) -> nn.Module:
