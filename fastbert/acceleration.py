@@ -86,7 +86,7 @@ def accelerate(
     cuda_graphs: bool = False,
     frozen: bool = False,
 ) -> Acceleration:
-    """Make the BERT inside ``model`` run packed. Changes this instance only; parameters stay as
+    """Make encoders inside ``model`` run packed. Changes this instance only; parameters stay as
     they are.
 
     The model may be a transformers BERT with any head, or anything that contains one: a
@@ -121,8 +121,8 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no BERT inside it, or with ``skip_logits`` no masked-LM head; another
-            ``padding``.
+        ValueError: there is no encoder of a covered family inside it, or with ``skip_logits`` no
+            masked-LM head; another ``padding``.
         NotImplementedError: its config asks for relative position embeddings.
     """
     if not isinstance(model, nn.Module):

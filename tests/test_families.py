@@ -22,6 +22,22 @@ from fastbert.testing import assert_matches
 OTHERS = [name for name in registry.MODEL_TYPES if name != "bert"]  # that is tested by itself
 HEADS = [(family, head) for family in OTHERS for head in
          (registry.load(family).model.__name__, *registry.load(family).heads)]  # fmt: skip
+# Their code is RoBERTa's under other names: not for the quick loop.
+SAME = ("xlm-roberta", "camembert", "data2vec-text")
+
+
+def quick(cases):
+    """Cases as parameters, those of families that are like another one marked slow."""
+    families = [case[0] if isinstance(case, tuple) else case for case in cases]
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=[pytest.mark.slow] * (family in SAME),
+        )
+        for case, family in zip(cases, families, strict=True)
+    ]
+
+
 WITH_LABELS = [pair for pair in HEADS if "For" in pair[1] and not pair[1].endswith("ForCausalLM")]
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -107,7 +123,7 @@ def test_families_are_compared_behind_a_check():
 
 
 @pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
-@pytest.mark.parametrize(("family", "head"), HEADS)
+@pytest.mark.parametrize(("family", "head"), quick(HEADS))
 def test_head_matches_transformers(family, head, mask, on_torch, caplog, monkeypatch):
     monkeypatch.setattr("fastbert.families.obstacle._said", set())
     theirs, ours = pair_of(family, head)
@@ -123,7 +139,7 @@ def test_head_matches_transformers(family, head, mask, on_torch, caplog, monkeyp
         check(plain, theirs, real, head, **inputs)
 
 
-@pytest.mark.parametrize(("family", "head"), WITH_LABELS)
+@pytest.mark.parametrize(("family", "head"), quick(WITH_LABELS))
 def test_gradients_match_transformers(family, head, on_torch):
     theirs, ours = pair_of(family, head)
     inputs = {**inputs_of(head, RIGHT), **labels_for(head, theirs.config)}
@@ -151,7 +167,7 @@ def test_gradients_match_transformers(family, head, on_torch):
 
 
 @pytest.mark.parametrize("each_backend", ["triton"], indirect=True)
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", quick(OTHERS))
 def test_the_kernels_match_transformers(family, device, each_backend):
     head = registry.load(family).model.__name__
     theirs, ours = pair_of(family, head, device)
@@ -160,7 +176,9 @@ def test_the_kernels_match_transformers(family, device, each_backend):
         check(ours(**inputs), theirs, RIGHT.bool().to(device), head, **inputs)
 
 
-@pytest.mark.parametrize(("family", "head"), [pair for pair in HEADS if "MaskedLM" in pair[1]])
+@pytest.mark.parametrize(
+    ("family", "head"), quick([pair for pair in HEADS if "MaskedLM" in pair[1]])
+)
 def test_the_kernels_give_the_embeddings_gradients(family, head, device):
     """A row of padding in the position table learns nothing."""
     inputs = {**inputs_of(head, RIGHT, device), "labels": RIGHT.to(device)}
@@ -173,7 +191,9 @@ def test_the_kernels_give_the_embeddings_gradients(family, head, device):
         torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "head"), [pair for pair in HEADS if "MaskedLM" in pair[1]])
+@pytest.mark.parametrize(
+    ("family", "head"), quick([pair for pair in HEADS if "MaskedLM" in pair[1]])
+)
 def test_labelled_rows_give_the_loss_of_all_logits(family, head, on_torch):
     theirs, ours = pair_of(family, head)
     inputs = {**inputs_of(head, RIGHT), **labels_for(head, theirs.config)}
@@ -221,7 +241,7 @@ def test_packed_sequences_are_those_of_a_padded_batch(family, head, on_torch):
         )
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", quick(OTHERS))
 def test_accelerate_and_back(family, on_torch, tmp_path):
     known = registry.load(family)
     tags = (name for name in known.heads if name.endswith("TokenClassification"))
@@ -283,7 +303,9 @@ def test_compile_and_export_are_one_graph(family, on_torch):
             check(made(**inputs), theirs, RIGHT.bool(), head, **inputs)
 
 
-@pytest.mark.parametrize(("family", "head"), [pair for pair in HEADS if "Sequence" in pair[1]])
+@pytest.mark.parametrize(
+    ("family", "head"), quick([pair for pair in HEADS if "Sequence" in pair[1]])
+)
 def test_low_rank_updates_and_a_head_that_peft_saves_whole(family, head, on_torch):
     peft = pytest.importorskip("peft")
     models = pair_of(family, head)

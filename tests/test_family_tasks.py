@@ -16,6 +16,7 @@ from fastbert.finetuning.table import read_table
 from fastbert.generation import MaskedModel, Template, score
 from fastbert.tasks.embed import Embedder
 from fastbert.tasks.errors import InputError, LoadError
+from fastbert.tasks.loading import max_length_of
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 FAMILIES = ("roberta", "electra", "distilbert", "mpnet", "albert")
@@ -110,6 +111,12 @@ def test_choices_of_a_family_without_a_pooler_are_refused_packed(folders, text_c
     )  # fmt: skip
     with pytest.raises(InputError, match=r"pooler for multiple choice, .* distilbert"):
         prepare(request)
+
+
+def test_a_family_that_is_not_covered_is_as_long_as_its_positions():
+    config = transformers.DebertaConfig(max_position_embeddings=77)
+    assert max_length_of(config) == 77
+    assert max_length_of(config_of("roberta")) == 38 and max_length_of(config_of("electra")) == 40
 
 
 def test_pre_training_goes_on_from_bert_alone(folders, texts, tmp_path):

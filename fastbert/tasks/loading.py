@@ -117,6 +117,8 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 
 def max_length_of(config: PreTrainedConfig) -> int:
     """Tokens of a sequence that a model of this configuration takes at most."""
+    if config.model_type not in MODEL_TYPES:  # one of somebody's own, or not accelerated
+        return config.max_position_embeddings
     return load(config.model_type).max_length(config)
 
 
