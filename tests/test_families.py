@@ -18,6 +18,7 @@ import fastbert
 from fastbert.families import registry, table
 from fastbert.families.obstacle import obstacle
 from fastbert.testing import assert_matches
+from fastbert.training import PackedCollator
 
 OTHERS = [name for name in registry.MODEL_TYPES if name != "bert"]  # that is tested by itself
 HEADS = [(family, head) for family in OTHERS for head in
@@ -355,3 +356,17 @@ def test_tasks_of_ernie(on_torch):
     theirs, ours = pair_of("ernie", "ErnieModel", use_task_id=False)
     with torch.no_grad():
         check(ours(**inputs), theirs, RIGHT.bool(), "no tasks", **inputs)
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra"])
+def test_packed_batches_begin_where_a_families_positions_do(family, on_torch):
+    head = registry.load(family).model.__name__
+    _, ours = pair_of(family, head)
+    inputs = inputs_of(head, RIGHT)
+    real = RIGHT.bool()
+    examples = [
+        {"input_ids": ids[keep]} for ids, keep in zip(inputs["input_ids"], real, strict=True)
+    ]
+    batch = PackedCollator(ours)(examples)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch)[0][0], ours(**inputs)[0][real])
