@@ -5,15 +5,10 @@ every flush to the disk, every file put in place. They are counted, so that a te
 on how fast the machine is.
 """
 
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 
-# A server that has imported everything forks the processes, each in a fraction of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastbert.cli", "fastbert.tasks.embed_file",
-                                 "sentence_transformers"])  # fmt: skip
+from forked import call
 
 
 def run(arguments: list, *, window: int, number: int | None = None, log: Path | None = None,
@@ -27,24 +22,17 @@ def run(arguments: list, *, window: int, number: int | None = None, log: Path | 
         log: a file that gets a line for every moment: what it was and how many texts it encoded.
         at: the moment, from 0.
     """
-    process = _CONTEXT.Process(target=_main, args=(arguments, window, number, log, at))
-    process.start()
-    process.join(120)
-    assert not process.is_alive()
-    return process.exitcode
+    return call(_main, arguments, window, number, log, at)
 
 
 def _main(arguments: list, window: int, number: int | None, log: Path, at: int | None) -> None:
     import sys
-
-    import torch
 
     import fastbert
     from fastbert import cli
     from fastbert.tasks import embed_file, writing
     from fastbert.tasks.embed import Embedder
 
-    torch.set_num_threads(1)
     embed_file.WINDOW = window
     moments = 0
 
@@ -68,6 +56,5 @@ def _main(arguments: list, window: int, number: int | None, log: Path, at: int |
     sys.argv = ["fastbert", *map(str, arguments)]
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     sys.stdout = sys.stderr
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     with fastbert.backend("torch"):
         cli.main()

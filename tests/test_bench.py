@@ -14,7 +14,7 @@ import statistics
 import pytest
 import torch
 from fakes import FakeClock, FakeCuda, FakeTime, FixedClock, workload_apart, workload_of
-from fastbert.benchmarks import limits, session
+from fastbert.benchmarks import apart, limits, session
 from fastbert.benchmarks.apart import Apart
 from fastbert.benchmarks.catalogue import SUITES, workloads
 from fastbert.benchmarks.limits import Pace, measure_limits
@@ -32,6 +32,7 @@ from fastbert.benchmarks.shapes import LENGTHS, draw_lengths, fill_of
 from fastbert.benchmarks.targets import STATUSES, TARGETS, Judged, Target, judge
 from fastbert.benchmarks.timing import CudaClock, NoClock, Sample, WallClock, interleave
 from fastbert.benchmarks.workload import OURS, Started, Unavailable, measure
+from forked import context
 
 import fastbert
 from fastbert.ops import onednn
@@ -411,12 +412,13 @@ def test_the_matrix_limit_is_that_of_the_fastest_route(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts():
+def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts(monkeypatch):
+    monkeypatch.setattr(apart.multiprocessing, "get_context", lambda method: context())
     names = ("mine", "other", "absent", "peculiar", "dies")
-    with Apart() as apart:
+    with Apart() as processes_of:
         first, second = (
             dict(zip(names, measure(workload_apart(*names), FixedClock(), "cpu", seconds=0.0,
-                                    start=apart.start), strict=True))
+                                    start=processes_of.start), strict=True))
             for _ in range(2)
         )  # fmt: skip
         processes = {first[name].check.budget for name in ("mine", "other")}
@@ -425,9 +427,9 @@ def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts():
         assert set(first["mine"].wall) == {2.0} and first["mine"].peak_memory is None
         killed = int(first["mine"].check.budget)
         os.kill(killed, signal.SIGKILL)
-        apart._children["mine"]._process.join()
+        processes_of._children["mine"]._process.join()
         (third,) = measure(
-            workload_apart("mine"), FixedClock(), "cpu", seconds=0.0, start=apart.start
+            workload_apart("mine"), FixedClock(), "cpu", seconds=0.0, start=processes_of.start
         )
         assert third.check.budget not in (killed, os.getpid())
         processes.add(third.check.budget)

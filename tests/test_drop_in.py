@@ -204,11 +204,10 @@ def test_dtype_moves_and_modes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compile_is_one_graph_for_any_mask_and_shape(backend):
+def test_compile_is_one_graph_for_any_mask_and_shape():
     theirs, ours = pair("BertModel")
     torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_as_good(theirs, compiled(**INPUTS)[0])
     assert not compiled(**INPUTS)[0][~REAL].any()
     smaller = {k: v[:3, :7] for k, v in INPUTS.items()}
@@ -218,7 +217,7 @@ def test_compile_is_one_graph_for_any_mask_and_shape(backend):
         assert_as_good(theirs, actual[0], inputs)
         torch.testing.assert_close(actual.pooler_output, theirs(**inputs).pooler_output)
     with fastbert.backend("torch"):
-        heads = torch.compile(pair("BertForMaskedLM")[1], fullgraph=True, backend=backend)
+        heads = torch.compile(pair("BertForMaskedLM")[1], fullgraph=True, backend="aot_eager")
         assert heads(**INPUTS, labels=INPUTS["input_ids"]).loss.isfinite()
 
 

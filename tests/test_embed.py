@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from forked import COMMAND, forked
 
 from fastbert.tasks.embed import Embedder, batches_by_tokens
 from fastbert.tasks.embed_file import embed_file
@@ -114,11 +113,8 @@ def test_embed_writes_every_format_to_the_last_bit(kind, tiny_folder, expected, 
 
 def test_standard_input(tiny_folder, expected, tmp_path):
     target = tmp_path / "o.npy"
-    command = [sys.executable, "-m", "fastbert", "embed", "-", "-o", target, "--model", tiny_folder]
-    environment = {**os.environ, "FASTBERT_BACKEND": "torch"}
-    result = subprocess.run(
-        command, input="\n".join(TEXTS), capture_output=True, text=True, env=environment
-    )
+    arguments = ("embed", "-", "-o", target, "--model", tiny_folder)
+    result = forked(COMMAND, *arguments, text="\n".join(TEXTS))
     assert result.returncode == 0, result.stderr
     assert "a text on every line (--format says otherwise)" in result.stderr
     assert np.abs(np.load(target) - expected).max() < 1e-5

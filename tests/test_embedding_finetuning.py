@@ -2,11 +2,8 @@
 
 import html
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
+from forked import launched
 from runs import At, metrics_of, weights_of
 
 from fastbert.finetuning.embedding import Retrieval, Similarity
@@ -209,7 +207,7 @@ def test_what_only_the_end_of_a_text_says_is_learned(run, request_for, text_cach
                 for row in rows_of("retrieval", count, seed)]  # fmt: skip
 
     test = write(tmp_path / "test.jsonl", rows(40, 1))
-    options = {"rows": rows(160, 0), "test": test, "max_length": 20, "device_tokens": 512}
+    options = {"rows": rows(96, 0), "test": test, "max_length": 20, "device_tokens": 512}
     scores = {}
     for long in ("cut", "windows"):
         prepared = prepare(request_for(output=long, long=long, epochs=12, **options))
@@ -239,16 +237,10 @@ def test_two_processes_are_one(request_for, tmp_path):
         "import sys\nfrom fastbert.finetuning.finetune import Request, prepare\n"
         "print(prepare(Request(**eval(sys.argv[1]))).train())\n"
     )
-    (tmp_path / "program.py").write_text(program)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         str(tmp_path / "program.py"), repr(asdict(request) | {"output": str(tmp_path / "two")})],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(set(done.stdout.splitlines())) == 1, "both say the same"
+    two = repr(asdict(request) | {"output": str(tmp_path / "two")})
+    ends = launched(program, two, processes=2)
+    assert all(end.returncode == 0 for end in ends), ends[0].stderr[-3000:]
+    assert len({end.stdout for end in ends}) == 1, "both say the same"
     mine, theirs = (metrics_of(tmp_path / name) for name in ("run", "two"))
     for each, other in zip(mine, theirs, strict=True):
         assert other == pytest.approx(each, rel=2e-3, abs=1e-5)

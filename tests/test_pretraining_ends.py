@@ -1,15 +1,13 @@
 """Ends of pre-training runs: neither they nor the number of processes change what is trained."""
 
 import functools
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forked import forked, launched
 from runs import At, metrics_of, weights_of
 
 from fastbert.tasks.errors import OutputError
@@ -82,7 +80,6 @@ def test_a_second_signal_ends_at_once(pretrain):
 
 PROGRAM = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
 import fastbert.tasks.durable as durable
 import fastbert.training.run_folder as run_folder
 from fastbert.training import beginning, pretraining
@@ -92,7 +89,7 @@ from fastbert.training.request import Request
 beginning.SIZES["tiny"] = (2, 32, 2)
 pretraining._PROBE_BATCHES = 2
 moments = {"publish": 0, "to_disk": 0, "remove": 0}
-name, count = sys.argv[3].split(":")
+name, count = sys.argv[2].split(":")
 original = getattr(run_folder, name)
 
 def deadly(*args, **kwargs):
@@ -107,15 +104,6 @@ pretrained.train(pretrained.plan())
 """
 
 
-def in_a_process(*arguments):
-    """As users have it, without the interpreter of kernels."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["publish:2", "publish:4", "remove:1", "to_disk:4"])
 def test_killed_at_any_moment(pretrain, pretraining_request, tmp_path, moment):
@@ -123,8 +111,8 @@ def test_killed_at_any_moment(pretrain, pretraining_request, tmp_path, moment):
     from dataclasses import asdict
 
     pretrain("whole")
-    arguments = [repr(asdict(pretraining_request("parts"))), os.getcwd(), moment]
-    done = in_a_process("-c", PROGRAM, *arguments)
+    arguments = [repr(asdict(pretraining_request("parts"))), moment]
+    done = forked(PROGRAM, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     pretrain("parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -223,15 +211,10 @@ def test_two_processes_are_one(pretrain, pretraining_request, tmp_path, monkeypa
         + (SHARDS_ON_CPU if fsdp else "")
         + "pretrained = prepare",
     ).replace("train(pretrained.plan())", "train(pretrained.plan(), callbacks=[At()])")
-    (tmp_path / "program.py").write_text(program)
-    arguments = [repr(asdict(pretraining_request("two", fsdp=fsdp))), os.getcwd(), "publish:0"]
-    for stops, codes in (("1", {1}), ("", {0})):  # first one of them gets a signal
-        monkeypatch.setenv("STOPS", stops)
-        done = in_a_process(
-            "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            str(tmp_path / "program.py"), *arguments,
-        )  # fmt: skip
-        assert done.returncode in codes, done.stderr[-3000:]
+    arguments = [repr(asdict(pretraining_request("two", fsdp=fsdp))), "publish:0"]
+    for stops, code in (("1", 128 + signal.SIGTERM), ("", 0)):  # first one of them gets a signal
+        for done in launched(program, *arguments, processes=2, STOPS=stops):
+            assert done.returncode == code, done.stderr[-3000:]
         latest = RunFolder(tmp_path / "two", "pretrain").latest()
         assert latest and latest[0] == (4 if stops else 8), done.stderr[-6000:]
     assert (tmp_path / "two/checkpoints/step-8/pytorch_model_fsdp.bin").exists() == fsdp

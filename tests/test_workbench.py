@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeClock
+from forked import COMMAND, forked
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
@@ -21,10 +22,14 @@ from fastbert.cli import app
 from fastbert.workbench import fuzz, sass
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = "from fastbert.cli import main; main()"
 
 
-def fastbert(*args: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+def fastbert(*args: str) -> subprocess.CompletedProcess:
+    return forked(COMMAND, "kernels", *args, COLUMNS="200")
+
+
+def fastbert_from_its_start(*args: str, cwd: Path = ROOT, **variables: str):
+    """As above where it matters what is imported, and from where."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     return subprocess.run(
         [sys.executable, "-c", COMMAND, "kernels", *args],
@@ -390,8 +395,9 @@ def test_diff_shows_what_a_tile_and_a_commit_change(tmp_path):
         source.replace("    tl.store(y_ptrs, y", "    y = tl.sin(y)\n    tl.store(y_ptrs, y")
     )
     subprocess.run([*git, "commit", "-qam", "two"], check=True)
-    done = fastbert(
-        "diff", "layernorm", *variant, "--commits", "HEAD~1", "HEAD", cwd=copy, PYTHONPATH=str(copy)
+    commits = ("--commits", "HEAD~1", "HEAD")
+    done = fastbert_from_its_start(
+        "diff", "layernorm", *variant, *commits, cwd=copy, PYTHONPATH=str(copy)
     )
     assert done.returncode == 0, done.stderr
     assert "instructions" in done.stdout and "per element" in done.stdout
@@ -403,12 +409,12 @@ def test_diff_shows_what_a_tile_and_a_commit_change(tmp_path):
 def test_check_runs_interpreted_and_runs_one_case_again():
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted here")
-    done = fastbert("check", "softmax", "--cases", "5", "--dtype", "bf16")
+    done = fastbert_from_its_start("check", "softmax", "--cases", "5", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert "softmax: 5 random cases passed on the CPU, interpreted" in done.stdout
     case = {"rows": 2, "width": 5, "dtype": "bf16", "magnitude": 1, "strided": True,
             "mask": "bool", "seed": 1}  # fmt: skip
-    done = fastbert("check", "softmax", "--case", json.dumps(case))
+    done = fastbert_from_its_start("check", "softmax", "--case", json.dumps(case))
     assert done.returncode == 0 and "this case passes" in done.stdout, done.stderr
 
 
@@ -445,7 +451,7 @@ def test_what_needs_a_gpu_says_so():
         pytest.skip("there is one")
     done = fastbert("profile")
     assert done.returncode == 1 and "profile needs a GPU" in done.stderr
-    done = fastbert("inspect", "softmax", TRITON_INTERPRET="1")
+    done = fastbert_from_its_start("inspect", "softmax", TRITON_INTERPRET="1")
     assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
 
 
