@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,17 @@ class Acceleration:
         return f"Acceleration({type(self.model).__name__}, {len(self.changed)} modules{notes})"
 
 
+def _around(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The twins of sentence-transformers' modules."""
+    if "sentence_transformers" not in sys.modules:
+        return []
+    try:
+        from .families.sentence_modules import to_twins as to_sentence_twins
+    except ImportError:  # one before 6, which has no such modules
+        return []
+    return to_sentence_twins(model)
+
+
 def _back(changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     for module, cls in changed:
         module.__class__ = cls
@@ -92,15 +104,17 @@ def accelerate(
     The model may be a transformers BERT with any head, or anything that contains one: a
     ``SentenceTransformer``, a ``CrossEncoder``, a PEFT model, a module of your own. Modules get
     the class of their drop-in twin (`fastbert.BertModel` and so on), nothing is wrapped and
-    nothing is copied, so hooks, optimizers and references that exist stay good. Doing it twice
-    changes nothing. A call that another thread is inside of finishes as it began, before that.
+    nothing is copied, so hooks, optimizers and references that exist stay good. A
+    ``SparseEncoder`` pools logits that never exist as one tensor. Doing it twice changes nothing.
+    A call that another thread is inside of finishes as it began, before that.
 
     Args:
         model: a module on any device, in any dtype.
         padding: what hidden states hold at padding. ``"zeros"``, and nothing is computed there, as
             in ``flash_attn``'s padded form; what pools without a mask, or a convolution or an LSTM
             on top, sees it. ``"keep"`` computes padding as transformers does, at its cost, for
-            whoever reads it (ColBERT's masked query tokens, such heads).
+            whoever reads it. Tokens that fill up a query are computed without it in a
+            ``MultiVectorEncoder`` of sentence-transformers.
         skip_logits: in training with labels, a masked-LM head computes labelled tokens only, never
             a tensor of all logits, and returns None as ``logits`` (or ``prediction_logits``). A
             call decides for itself with the same keyword; evaluation gives logits as ever.
@@ -145,7 +159,7 @@ def accelerate(
     for _, encoder in encoders:
         check_config(encoder.config)
     with changing(model.modules()):
-        changed = to_twins(model)
+        changed = to_twins(model) + _around(model)
         try:
             options = set_options(
                 model,

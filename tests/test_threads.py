@@ -36,8 +36,12 @@ def test_threads_share_a_model():
     assert all(torch.equal(r, expected) for r in results)
 
 
-def test_a_change_waits_for_calls_in_flight_and_new_calls_wait_for_it():
-    """By events, not by the clock: a hook holds a call inside the model."""
+@pytest.mark.parametrize("began", ["as it is", "before it was accelerated"])
+def test_a_change_waits_for_calls_in_flight_and_new_calls_wait_for_it(began):
+    """By events, not by the clock: a hook holds a call inside the model.
+
+    A call that began before comes to the new class's forward past its ``__call__``.
+    """
     theirs, _ = pair("BertForSequenceClassification")
     expected = theirs(**INPUTS).logits
     handle = fastbert.accelerate(theirs)
@@ -50,11 +54,12 @@ def test_a_change_waits_for_calls_in_flight_and_new_calls_wait_for_it():
             assert go_on.wait(60)
             order.append("first call goes on")
 
-    hook = theirs.bert.register_forward_pre_hook(hold)
+    hook = theirs.classifier.register_forward_pre_hook(hold)
 
     def call(name):
         with torch.inference_mode(), fastbert.backend("torch"):
-            results[name] = theirs(**INPUTS).logits
+            call = theirs.forward if began.startswith("before") else theirs
+            results[name] = call(**INPUTS).logits
         order.append(name)
 
     def undo():
@@ -66,7 +71,7 @@ def test_a_change_waits_for_calls_in_flight_and_new_calls_wait_for_it():
     threads[0].start()
     assert inside.wait(60)
     threads[1].start()
-    while not in_flight._closed:  # until the change waits
+    while not (in_flight._closed or undone.is_set()):  # until the change waits
         pass
     threads.append(threading.Thread(target=call, args=("second",)))
     threads[2].start()

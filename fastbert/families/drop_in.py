@@ -18,7 +18,7 @@ from ..frozen import Frozen
 from ..graphs import CudaGraphs
 from .borrowed import class_for
 from .family import Family
-from .in_flight import calling
+from .in_flight import calling, is_inside
 from .known import is_own
 
 __all__ = [
@@ -73,6 +73,10 @@ def _by_name(theirs: type[nn.Module], kind: type[DropIn]) -> Callable:
 
     @wraps(theirs.forward)
     def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling() and not is_inside(self):
+            # A call that began before this was the class: it is not known to be in flight.
+            with calling(self):
+                return self.forward(*args, **kwargs)
         inputs = dict(zip(names, args, strict=False))
         if len(args) > len(names) or any(name in kwargs for name in inputs):
             signature.bind(self, *args, **kwargs)  # raises what Python would

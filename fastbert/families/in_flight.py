@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["calling", "changing"]
+__all__ = ["calling", "changing", "is_inside"]
 
 _state = threading.Condition()
 _calls: dict[int, Counter[int]] = {}  # by thread: how often it is inside which object
@@ -41,6 +41,12 @@ def calling(model: object) -> Iterator[None]:
                     del _calls[me]
                 if _closed:
                     _state.notify_all()
+
+
+def is_inside(model: object) -> bool:
+    """Whether this thread is `calling` it."""
+    mine = _calls.get(threading.get_ident())
+    return mine is not None and id(model) in mine
 
 
 @contextmanager

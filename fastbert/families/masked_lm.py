@@ -18,10 +18,13 @@ from transformers.utils import ModelOutput
 from .. import ops
 from ..encoder import Linear, Norm
 from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entropy
+from ..ops.reference import splade_ref
 from ..packing import PackedBatch
 from . import known, modules
+from .drop_in import twin_of
 from .family import VocabularyHead
 from .heads import Head
+from .in_flight import calling
 from .labels import by_token, labels_on_padding, token_loss
 from .model import Call, requesting
 from .obstacle import say_once
@@ -133,6 +136,48 @@ class MaskedLMHead(Head):
             outputs = encoder(**inputs, return_dict=True)
         return outputs, getattr(outputs, "call", None)
 
+    def splade(self, *, pooling: str = "max", activation: str = "relu", **inputs: Any) -> Tensor:
+        """SPLADE's vectors of texts: how much each word of the vocabulary matters in each.
+
+        They are those of ``log(1 + relu(logits))``, pooled over the tokens that are not padding,
+        without a tensor of all logits (`fastbert.ops.linear_splade`, which describes ``pooling``
+        and ``activation``). The logits are there where someone watches the model or the head is
+        not transformers' own.
+
+        Args:
+            inputs: of a call, by name, without labels.
+
+        Returns:
+            ``[B, V]``, a row for each sequence.
+
+        Raises:
+            ValueError: a mask per query, which does not say what is padding.
+        """
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"{type(self).__name__}.splade: expected an attention_mask [batch, length], which "
+                f"says what is padding, got {tuple(mask.shape)}"
+            )
+        with calling(self):
+            decoder = _decoder(self)
+            own = known.untouched(self, twin_of(self.theirs)) and not known.user_hook(self)
+            if decoder is None or not own:
+                logits = self(**inputs, return_dict=True).logits
+                batch = _sequences(inputs, logits)
+                return splade_ref(batch.pack(logits), batch.lengths, pooling, activation)
+            outputs, call = self.encode_rows(inputs, None)
+            rows = outputs[0]
+            batch = None if call is None else call.batch
+            if not isinstance(batch, PackedBatch):
+                rows = rows if call is None else batch.view(rows)
+                batch = _sequences(inputs, rows)
+                rows = batch.pack(rows)
+            rows = _before_decoder(self, rows)
+            return ops.linear_splade(
+                rows, decoder.weight, decoder.bias, batch, pooling=pooling, activation=activation
+            )
+
 
 class PreTrainingHead(MaskedLMHead):
     """A masked-LM head, and one that says whether the second sentence is the next one.
@@ -187,6 +232,48 @@ def _padded(scores: Tensor, call: Call | None) -> Tensor:
     return scores if call is None else call.padded(scores)
 
 
+def _sequences(inputs: dict[str, Any], padded: Tensor) -> PackedBatch:
+    """Those of a call that ``padded``, ``[B, S, ...]``, came of."""
+    bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
+    if bounds is not None:
+        return PackedBatch.from_lengths(bounds.diff().tolist(), padded.device)
+    if mask is None:
+        return PackedBatch.dense(*padded.shape[:2], padded.device)
+    return PackedBatch.from_mask(mask, padded.device)
+
+
+def _decoder(model: MaskedLMHead) -> nn.Module | None:
+    """The product with the vocabulary, if what comes before it can be computed for some tokens
+    alone.
+
+    That is not so under a compiler, where shapes may not depend on data, and where the head is not
+    transformers' own or someone watches a part of it.
+    """
+    parts = model.vocabulary
+    if torch.compiler.is_compiling() or not all(
+        type(attrgetter(name)(model)) is kind for name, kind in parts.owners.items()
+    ):
+        return None
+    decoder = attrgetter(parts.decoder)(model)
+    whole = all(map(known.row_wise, model.head_modules))
+    return decoder if whole and isinstance(modules.projection(decoder), Linear) else None
+
+
+def _before_decoder(model: MaskedLMHead, rows: Tensor) -> Tensor:
+    """Hidden states ``[N, E]`` behind all of the head but its decoder."""
+    parts, get = model.vocabulary, model.get_submodule
+    dense, norm = modules.projection(get(parts.dense)), modules.norm(get(parts.norm))
+    activation = parts.activation_name
+    if parts.activation is not None:
+        activation = modules.activation_name(attrgetter(parts.activation)(model))
+    if isinstance(dense, Linear) and isinstance(norm, Norm) and isinstance(activation, str):
+        rows = ops.linear(rows, dense.weight, dense.bias, activation=activation)
+        return ops.layer_norm(rows, norm.weight, norm.bias, eps=norm.eps)
+    rows = dense(rows) if callable(dense) else F.linear(rows, *dense)
+    rows = ops.activate(rows, activation) if isinstance(activation, str) else activation(rows)
+    return norm(rows) if callable(norm) else ops.layer_norm(rows, *norm[:2], eps=norm.eps)
+
+
 class _LabelledTokens:
     """The masked-LM loss without logits: the head and the decoder see labelled tokens alone.
 
@@ -198,27 +285,17 @@ class _LabelledTokens:
 
     def __init__(self, model: MaskedLMHead, slots: Tensor, labels: Tensor):
         self.slots, self.labels, self.count = slots, labels, labels.shape[0]
-        self.parts = model.vocabulary
-        self.model, self.decoder = model, attrgetter(self.parts.decoder)(model)
+        self.model, self.decoder = model, attrgetter(model.vocabulary.decoder)(model)
 
     @classmethod
     def of(cls, model: MaskedLMHead, labels: Tensor) -> _LabelledTokens | None:
         """What has a label, before anything is computed; None where the whole head has to run.
 
-        That is under a compiler, where shapes may not depend on labels, and where the head is not
-        transformers' own or someone watches a part of it.
-
         Raises:
             ValueError: a label outside the vocabulary.
         """
-        parts = model.vocabulary
-        if torch.compiler.is_compiling() or not all(
-            type(attrgetter(name)(model)) is kind for name, kind in parts.owners.items()
-        ):
-            return None
-        decoder = attrgetter(parts.decoder)(model)
-        whole = all(map(known.row_wise, model.head_modules))
-        if not whole or not isinstance(modules.projection(decoder), Linear):
+        decoder = _decoder(model)
+        if decoder is None:
             return None
         weight = decoder.weight
         return cls(model, *labelled_rows(labels.to(weight.device), weight.shape[0]))
@@ -228,7 +305,7 @@ class _LabelledTokens:
         at, batch = self.slots, None if call is None else call.batch
         if isinstance(batch, PackedBatch) and batch.indices is not None:
             at = torch.searchsorted(batch.indices, at)
-        chosen = self._transformed(rows.reshape(-1, rows.shape[-1]).index_select(0, at))
+        chosen = _before_decoder(self.model, rows.reshape(-1, rows.shape[-1]).index_select(0, at))
         weight, bias = self.decoder.weight, self.decoder.bias
         total, self.correct = summed_cross_entropy(chosen, weight, bias, self.labels)
         return total / at_least_one(self.count if num_items is None else num_items)
@@ -236,17 +313,3 @@ class _LabelledTokens:
     def counted(self, cls: type[ModelOutput], output: ModelOutput) -> ModelOutput:
         """The output with the number of tokens that are right."""
         return cls(**output, num_correct=self.correct)
-
-    def _transformed(self, rows: Tensor) -> Tensor:
-        """Behind all of the head but its decoder."""
-        parts, get = self.parts, self.model.get_submodule
-        dense, norm = modules.projection(get(parts.dense)), modules.norm(get(parts.norm))
-        activation = parts.activation_name
-        if parts.activation is not None:
-            activation = modules.activation_name(attrgetter(parts.activation)(self.model))
-        if isinstance(dense, Linear) and isinstance(norm, Norm) and isinstance(activation, str):
-            rows = ops.linear(rows, dense.weight, dense.bias, activation=activation)
-            return ops.layer_norm(rows, norm.weight, norm.bias, eps=norm.eps)
-        rows = dense(rows) if callable(dense) else F.linear(rows, *dense)
-        rows = ops.activate(rows, activation) if isinstance(activation, str) else activation(rows)
-        return norm(rows) if callable(norm) else ops.layer_norm(rows, *norm[:2], eps=norm.eps)

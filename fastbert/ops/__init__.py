@@ -20,6 +20,7 @@ from .linear import (
     linear_stacked,
 )
 from .softmax import softmax
+from .splade import linear_splade
 
 __all__ = [
     "activate",
@@ -35,6 +36,7 @@ __all__ = [
     "linear_add_norm",
     "linear_cross_entropy",
     "linear_gelu",
+    "linear_splade",
     "linear_stacked",
     "softmax",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "layer_norm_ref",
     "linear_ref",
     "softmax_ref",
+    "splade_ref",
 ]
 
 
@@ -192,3 +193,16 @@ def linear_ref(
     """``activation(x @ weight.T + bias)``."""
     out = F.linear(x, weight, bias)
     return out if activation is None else bias_activation_ref(out, None, activation)
+
+
+def splade_ref(logits: Tensor, lengths: Sequence[int], pooling: str, activation: str) -> Tensor:
+    """``log(1 + relu(logits))``, for ``"log1p_relu"`` ``log(1 + .)`` of that, pooled over each
+    sequence of ``[T, V]``; zeros where there is no token."""
+    weights = logits.relu().log1p()
+    weights = weights.log1p() if activation == "log1p_relu" else weights
+    return torch.stack(
+        [
+            own.sum(0) if pooling == "sum" or not len(own) else own.max(0).values
+            for own in weights.split(list(lengths))
+        ]
+    )
