@@ -1,11 +1,16 @@
-"""`transformers.Trainer` over our models: accumulated batches are one batch."""
+"""`transformers.Trainer` over our models: accumulated batches are one batch, a run that goes on is
+the run."""
 
 import copy
 
 import pytest
 import torch
 import transformers
+from test_families import OTHERS, SAME, config_of, inputs_of, labels_for
 from tiny import RIGHT, inputs_for, pair
+
+import fastbert
+from fastbert.families import registry
 
 pytestmark = pytest.mark.usefixtures("on_torch")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -66,3 +71,37 @@ def test_an_evaluation_reports_the_mean(tmp_path):
     batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
     with torch.no_grad():
         assert reported == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-4)
+
+
+MASKED_LM = [
+    (family, head)
+    for family in ("bert", *OTHERS)
+    if family not in SAME
+    for head in registry.load(family).heads
+    if head.endswith("ForMaskedLM")
+]
+
+
+@pytest.mark.parametrize(("family", "head"), MASKED_LM)
+def test_a_run_that_goes_on_is_the_run(family, head, tmp_path):
+    """With dropout, whose random state is in the checkpoint; other weights are there before."""
+    inputs = {**inputs_of(head, RIGHT), **labels_for(head, config_of(family))}
+    rows = [{k: v[i] for k, v in inputs.items()} for i in range(4)] * 3
+
+    def trained(name: str, seed: int, resume: str | None = None) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        model = getattr(fastbert, head)(config_of(family))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / name), per_device_train_batch_size=2, max_steps=6,
+            save_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train(
+            resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3") if resume else None
+        )
+        return model
+
+    whole = trained("whole", 0)
+    parts = trained("parts", 1, resume=str(tmp_path / "whole/checkpoint-3"))
+    for (name, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, other), name
