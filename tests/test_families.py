@@ -354,6 +354,21 @@ def test_tasks_of_ernie(on_torch):
         check(ours(**inputs), theirs, RIGHT.bool(), "no tasks", **inputs)
 
 
+def test_boxes(on_torch):
+    theirs, ours = pair_of("layoutlm", "LayoutLMModel", max_2d_position_embeddings=20)
+    inputs = inputs_of("LayoutLMModel", RIGHT)
+    corners = torch.randint(0, 10, (4, 9, 2), generator=torch.Generator().manual_seed(3))
+    boxes = torch.cat((corners, corners + torch.arange(2, 11)[:, None]), -1)
+    with torch.no_grad():
+        actual = ours(**inputs, bbox=boxes)
+        check(actual, theirs, RIGHT.bool(), "boxes", **inputs, bbox=boxes)
+        assert not torch.equal(actual[0], ours(**inputs)[0])
+        alone = ours(**{k: v[:1] for k, v in inputs.items()}, bbox=boxes[:1])
+        torch.testing.assert_close(alone[0], actual[0][:1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(IndexError, match=r"sizes from 0 to 19, got boxes from \[.*\] to \["):
+        ours(**inputs, bbox=boxes * torch.tensor([1, 1, 1, 2]))
+
+
 @pytest.mark.parametrize("family", ["roberta", "electra"])
 def test_packed_batches_begin_where_a_families_positions_do(family, on_torch):
     head = registry.load(family).model.__name__

@@ -1,8 +1,10 @@
 """ERNIE (Sun et al., 1904.09223 and 2107.02137): BERT's layers; newer ones also know of tasks."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.ernie import modeling_ernie
 
 from .bert import with_berts_heads
@@ -16,11 +18,21 @@ class LabelledErnieOutput(modeling_ernie.ErnieForPreTrainingOutput):
     num_correct: Tensor | None = None
 
 
+def _tasks(
+    embeddings: nn.Module, arguments: Mapping[str, Any], rows: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Of the task that a token is read for, the first one if none is given."""
+    table, ids = getattr(embeddings, "task_type_embeddings", None), arguments.get("task_type_ids")
+    if table is None:
+        return None
+    return table.weight[:1] if ids is None else table(rows(ids))
+
+
 FAMILY = with_berts_heads(
     "ernie",
     modeling_ernie,
     "Ernie",
     decoder="ForCausalLM",
     labelled=LabelledErnieOutput,
-    sums=EmbeddingParts(task_type="task_type_embeddings"),
+    sums=EmbeddingParts(further=("task_type_embeddings",), further_sum=_tasks),
 )

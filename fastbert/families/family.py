@@ -88,13 +88,22 @@ class LayerParts:
         return found
 
 
+FurtherSum = Callable[[nn.Module, Mapping[str, Any], Callable[[Tensor], Tensor]], Tensor | None]
+
+
+def _nothing_further(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class EmbeddingParts:
     """What is summed up for a token, and where it is: names in the embeddings.
 
     Attributes:
         word, position, token_type: tables; a family may have no token types.
-        task_type: one more, of ``task_type_ids``; a model may be without.
+        further: names of more tables; a model may be without.
+        further_sum: what these give: from the embeddings, the arguments of a call by name, and what
+            packs one of them, ``[1 or B, S, ...]``; ``[T or 1, E]``, or None.
         norm, dropout: behind the sum; a family may have no norm there.
         counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
             from behind it on, as fairseq does; otherwise columns, from 0 on.
@@ -105,7 +114,8 @@ class EmbeddingParts:
     word: str = "word_embeddings"
     position: str = "position_embeddings"
     token_type: str | None = "token_type_embeddings"
-    task_type: str | None = None
+    further: tuple[str, ...] = ()
+    further_sum: FurtherSum = _nothing_further
     norm: str | None = "LayerNorm"
     dropout: str = "dropout"
     counts_tokens: bool = False
@@ -113,7 +123,9 @@ class EmbeddingParts:
 
     def modules_of(self, embeddings: nn.Module) -> list[str]:
         """Names of all of them that there are."""
-        names = (self.word, self.position, self.token_type, self.task_type, self.norm, self.dropout)
+        names = (
+            self.word, self.position, self.token_type, *self.further, self.norm, self.dropout
+        )  # fmt: skip
         return [name for name in names if name is not None and hasattr(embeddings, name)]
 
     def first_position(self, embeddings: nn.Module) -> int:

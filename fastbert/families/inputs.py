@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -273,14 +273,18 @@ def embed_rows(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-    task_type_ids: Tensor | None,
+    arguments: Mapping[str, Any],
 ) -> Tensor:
-    """The rows ``[T, E]`` that enter the first layer."""
+    """The rows ``[T, E]`` that enter the first layer.
+
+    Args:
+        arguments: all of the call, of which a family may read more.
+    """
     embeddings, sums = model.embeddings, model.family.sums
     x = input_ids if inputs_embeds is None else inputs_embeds
 
     def rows(ids: Tensor) -> Tensor:
-        return batch.pack(ids.expand(x.shape[0], -1) if ids.shape[0] == 1 else ids)
+        return batch.pack(ids.expand(x.shape[0], *ids.shape[1:]) if ids.shape[0] == 1 else ids)
 
     if position_ids is None or (token_type_ids is None and sums.token_type is not None):
         position_ids, types = _default_ids(
@@ -296,10 +300,10 @@ def embed_rows(
         types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
     tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
     norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
-    task = None if sums.task_type is None else getattr(embeddings, sums.task_type, None)
+    further = sums.further_sum(embeddings, arguments, rows)
     if (
         words is not None
-        and task is None
+        and further is None
         and isinstance(norm, tuple)
         and all(table is None or modules.is_plain_embedding(table) for table in tables.values())
         and (kind is None or kind.padding_idx is None)
@@ -317,9 +321,7 @@ def embed_rows(
         hidden = batch.pack(inputs_embeds) if words is None else word(words)
         hidden = hidden if kind is None else hidden + kind(types)
         hidden = hidden + position(positions)
-        if task is not None:
-            tasks = positions.new_zeros(1) if task_type_ids is None else rows(task_type_ids)
-            hidden = hidden + task(tasks)
+        hidden = hidden if further is None else hidden + further
         hidden = hidden if norm is None else normalised(hidden, norm)
     hidden = F.dropout(hidden, modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0)
     projection = model.family.projection_of(model)

@@ -342,7 +342,7 @@ class PackedModel(DropIn):
         )
         rows = embed_rows(
             self, batch, input_ids, token_type_ids, position_ids, inputs_embeds,
-            inputs.get("task_type_ids"),
+            inputs,
         )  # fmt: skip
         rows = call.record(rows)
         rows = self._encoded(rows, call, found, bool(want_hidden or want_attentions))

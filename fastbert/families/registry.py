@@ -41,6 +41,7 @@ _LISTED = {
     "camembert": _Listed("Camembert", "camembert", "camembert.modeling_camembert"),
     "data2vec-text": _Listed("Data2VecText", "data2vec_text", "data2vec.modeling_data2vec_text"),
     "ernie": _Listed("Ernie", "ernie", "ernie.modeling_ernie"),
+    "layoutlm": _Listed("LayoutLM", "layoutlm", "layoutlm.modeling_layoutlm"),
     "megatron-bert": _Listed(
         "MegatronBert", "megatron_bert", "megatron_bert.modeling_megatron_bert"
     ),

@@ -20,6 +20,7 @@ def _sum_of(family: Family) -> str:
     sums = family.sums
     positions = "positions of tokens" if sums.counts_tokens else "positions of columns"
     parts = ["words", positions, *["types"] * (sums.token_type is not None)]
+    parts += [name.removesuffix("_embeddings").replace("_", " ") + "s" for name in sums.further]
     return ", ".join([*parts, *["projected to the layers' width"] * (sums.projection is not None)])
 
 
