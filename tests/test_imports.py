@@ -190,3 +190,20 @@ main()
     done = python(program)
     assert done.returncode == 4, done.stderr[-2000:]
     assert "pip install 'fastbert-triton[train]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_are_right_in_bf16_for_everybody():
+    """Triton's interpreter is not, as it comes."""
+    pytest.importorskip("triton")
+    done = python(
+        "import torch, fastbert\n"
+        "x = torch.randn(4, 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()\n"
+        "for backend in ('torch', 'triton'):\n"
+        "    with fastbert.backend(backend):\n"
+        "        print(fastbert.ops.attention(x, x, x).float().abs().sum().item())\n",
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
+    plain, interpreted = map(float, done.stdout.split())
+    assert interpreted == pytest.approx(plain, rel=1e-2)

@@ -94,6 +94,9 @@ def _probe(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreting():
+        from ..kernels import _interpreter
+
+        _interpreter.install()  # as it comes it computes nonsense in bf16
         return None
     if device_type != "cuda":
         return f"they run on CUDA devices, not on {device_type!r} (or under TRITON_INTERPRET=1)"
