@@ -160,7 +160,7 @@ def faults(variant: Variant, found: Artefact) -> list[str]:
     if variant.has_dot:
         units = ("mma",) if variant.arch < 90 else ("wgmma",)
         if variant.arch >= 100:
-            units = ("tcgen05", "mma")
+            units = ("tcgen05", "mma")  # sm_120 has the latter alone
         if not found.matrix_units.intersection(units):
             reasons.append(" and ".join(f"no {unit}" for unit in units))
     return reasons

@@ -91,7 +91,13 @@ class RowTile:
 
 
 def _known(arch: int) -> int:
-    """The newest architecture with a table that is not newer than ``arch``."""
+    """The architecture whose tables serve ``arch``: the newest one that is not newer.
+
+    sm_120 and its kin, the Blackwell without tensor memory, have the shared memory and the matrix
+    instructions of sm_89 (CUDA programming guide, compute capability 12.x).
+    """
+    if arch // 10 == 12:
+        return 89
     return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
 
 
@@ -394,7 +400,7 @@ def cross_entropy_tile(width: int, arch: int) -> RowTile:
     """One row a program, in strips."""
     block_n = min(4096, next_power_of_2(width))
     # Where 8 warps of 119547 labels in fp32 spill and leave two thirds of a multiprocessor idle.
-    wide = 16 if arch in (86, 89) else 8
+    wide = 16 if arch == 86 or _known(arch) == 89 else 8
     num_warps = wide if block_n > 1024 else 4
     return _choose(f"cross entropy {block_n}", arch, RowTile(1, block_n, num_warps))
 

@@ -172,3 +172,37 @@ def test_a_cross_encoder_says_the_same(family, head, tmp_path):
     with fastbert.accelerate(model) as handle:
         assert not handle.notes
         np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-4, atol=1e-5)
+
+
+PIPELINES = {
+    "fill-mask": ("ForMaskedLM", lambda mask: f"rome is a {mask} of spain", "token"),
+    "text-classification": ("ForSequenceClassification", lambda mask: "rome is a city", "label"),
+    "token-classification": ("ForTokenClassification", lambda mask: "rome is a city", "entity"),
+    "zero-shot-classification": ("ForSequenceClassification", lambda mask: "rome", "labels"),
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipelines_in_batches(family, task, folders):
+    head, text_with, said = PIPELINES[task]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[family])
+    name = next(name for name in registry.load(family).heads if name.endswith(head))
+    torch.manual_seed(0)
+    labels = {"label2id": {"entailment": 0, "no": 1}, "id2label": {0: "entailment", 1: "no"}}
+    config = config_of(family, pad_token_id=tokenizer.pad_token_id, **labels)
+    model = getattr(transformers, name)(config).eval()
+    pipe = transformers.pipeline(task, model, tokenizer=tokenizer, device="cpu", batch_size=2)
+    text = text_with(tokenizer.mask_token)
+    texts = [text, f"the {text} and paris"] * 2
+    options = {"candidate_labels": ["city", "word1"]} if task.startswith("zero") else {}
+    expected = pipe(texts, **options)
+    with fastbert.accelerate(model) as handle:
+        assert not handle.notes
+        found = pipe(texts, **options)
+    flat = lambda all_of_them: [  # noqa: E731
+        each for one in all_of_them for each in (one if isinstance(one, list) else [one])
+    ]
+    for mine, theirs in zip(flat(found), flat(expected), strict=True):
+        key = "scores" if "scores" in mine else "score"
+        assert mine[said] == theirs[said] and mine[key] == pytest.approx(theirs[key], rel=1e-4)

@@ -33,6 +33,14 @@ def test_attention_tiles_are_legal_for_every_head_and_length(arch, dtype):
                 assert not tile.single or length <= tile.block_n
 
 
+def test_an_architecture_gets_the_tables_of_what_it_is_like():
+    """Tiles of sm_90 ask for more shared memory than sm_120 has, and for wgmma."""
+    options = dict(head_dim=128, dtype=torch.bfloat16, max_seqlen_q=512, max_seqlen_k=512)
+    chosen = {arch: tiles.attention_tile(**options, arch=arch) for arch in (89, 90, 103, 120, 121)}
+    assert chosen[120] == chosen[121] == chosen[89] != chosen[90] == chosen[103]
+    assert tiles.cross_entropy_tile(30522, 120) == tiles.cross_entropy_tile(30522, 89)
+
+
 def test_long_keys_are_walked_and_short_ones_are_not():
     options = dict(head_dim=64, dtype=torch.bfloat16, arch=90)
     assert tiles.attention_tile(**options, max_seqlen_q=512, max_seqlen_k=128).single

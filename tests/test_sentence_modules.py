@@ -198,6 +198,45 @@ def test_training_has_the_gradients(folders, splades):
             assert_within_budget(mine, oracle, theirs, "gradients")
 
 
+@pytest.mark.slow
+def test_its_own_trainer_trains_the_same(folders, tmp_path, splades):
+    """SPLADE's loss, with the regularisation that makes vectors sparse."""
+    import datasets
+    from sentence_transformers.sparse_encoder import (
+        SparseEncoderTrainer,
+        SparseEncoderTrainingArguments,
+        losses,
+    )
+
+    rows = datasets.Dataset.from_dict({"anchor": MANY[:8], "positive": MANY[8:16]})
+
+    def trained(accelerated: bool) -> SparseEncoder:
+        model = sparse(folders["distilbert"])
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if accelerated:
+            fastbert.accelerate(model)
+        arguments = SparseEncoderTrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, max_steps=4, learning_rate=1e-2,
+            optim="sgd", report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        loss = losses.SpladeLoss(
+            model, losses.SparseMultipleNegativesRankingLoss(model),
+            document_regularizer_weight=0.1, query_regularizer_weight=0.1,
+        )  # fmt: skip
+        SparseEncoderTrainer(model, arguments, train_dataset=rows, loss=loss).train()
+        return model
+
+    before = sparse(folders["distilbert"])
+    plain, ours = trained(False), trained(True)
+    assert len(splades) == 8
+    for first, one, other in zip(*map(list, (before.parameters(), plain.parameters(),
+                                             ours.parameters())), strict=True):  # fmt: skip
+        moved = (one - first).abs().max()
+        assert (one - other).abs().max() <= 2e-3 * moved + 1e-7
+
+
 def test_undone_while_another_thread_encodes(folders):
     model = sparse(folders["bert"])
     expected, failed = dense(model), []

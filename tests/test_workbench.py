@@ -20,6 +20,7 @@ from fastbert.kernels._cards import CARDS, LIMITS, card_named
 from fastbert import ops
 from fastbert.cli import app
 from fastbert.workbench import fuzz, sass
+from fastbert.workbench.hazards import hazards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -360,12 +361,16 @@ def test_inspect_shows_prints_and_writes(tmp_path):
     assert row["wgmma"] > 0 and row["registers"] > 32 and row["faults"] == []
     assert row["instructions_per_element"] <= 9.2, "more instructions a score than README says"
     assert ".version" in fastbert(*args, "--ptx").stdout
-    assert "HGMMA" in fastbert(*args, "--sass").stdout
+    code = fastbert(*args, "--sass").stdout
+    assert "HGMMA" in code and not hazards(code)
+    assert len(hazards(code.replace("WARPGROUP.DEPBAR", "WARPGROUP.ARRIVE"))) > 100
     assert "ttg.local_alloc" in fastbert(*args, "--ttgir").stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, matrix", [("sm_86", "mma"), ("sm_100", "tcgen05")])
+@pytest.mark.parametrize(
+    "arch, matrix", [("sm_86", "mma"), ("sm_100", "tcgen05"), ("sm_120", "mma")]
+)
 def test_inspect_knows_architectures_that_have_no_tables_of_their_own(arch, matrix):
     done = fastbert("inspect", "linear", "--arch", arch, "--variant", "relu", "--json")
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Check, inspect, compare, tune and profile the kernels; most of it needs no GPU.",
     no_args_is_help=True,
 )
-_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 Name = Annotated[str, typer.Argument(help="A kernel of `fastbert kernels list`.")]
 Arch = Annotated[str, typer.Option(help=f"One of {', '.join(_ARCHS)}.")]

@@ -18,6 +18,7 @@ from ..kernels._cards import CARDS, LIMITS, Card
 from ..kernels._compile import Artefact, compile_variant, faults
 from ..kernels._variants import Variant
 from . import sass
+from .hazards import hazards
 
 __all__ = ["Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_seconds"]
 
@@ -156,6 +157,10 @@ def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspe
         Whatever Triton raises for a kernel that does not compile.
     """
     artefact = artefact or compile_variant(variant)
+    wrong = faults(variant, artefact)
+    if "wgmma" in artefact.matrix_units:
+        found = hazards(artefact.sass)
+        wrong += [f"registers of a product in flight are touched {len(found)} times"] * bool(found)
     return Inspection(
         variant=variant,
         artefact=artefact,
@@ -165,5 +170,5 @@ def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspe
             shared=artefact.shared,
             num_warps=variant.num_warps,
         ),
-        faults=faults(variant, artefact),
+        faults=wrong,
     )

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-__all__ = ["CLASSES", "Listing", "read"]
+__all__ = ["CLASSES", "Instruction", "Listing", "parse", "read"]
 
 # Opcode prefix (before the first dot) -> class. First match wins; the rest are integer and moves.
 _PATTERNS = (
@@ -30,9 +30,12 @@ _COMPILED = tuple((name, re.compile(rf"(?:{pattern})$")) for name, pattern in _P
 CLASSES = (*(name for name, _ in _PATTERNS), "integer")
 _LABEL = re.compile(r"^\s*(\.L_[\w.$]+):")
 _INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P[T\d]\s+)?(?P<text>(?P<op>[A-Z][\w.]*).*?);"
+    r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?P<predicate>@!?U?P[T\d]\s+)?"
+    r"(?P<text>(?P<op>[A-Z][\w.]*).*?);"
 )
 _TARGET = re.compile(r"`\((\.L_[\w.$]+)\)")
+# Without a condition, which may stand among the operands too.
+_ENDS = re.compile(r"EXIT|RET\S*.*|BRX\S*.*|(BRA|JMP)\S*\s+`\(\.L_[\w.$]+\)")
 _WIDTH = re.compile(r"\.(128|64|32|U16|S16|U8|S8)\b")
 
 
@@ -56,28 +59,59 @@ class Listing:
     widths: dict[str, int]
 
 
-def read(sass: str) -> Listing:
-    """Parse the output of ``nvdisasm -c``.
+@dataclass(frozen=True)
+class Instruction:
+    """One of a program.
+
+    Attributes:
+        text: without its predicate.
+        target: the label that it may go to, if it is a branch.
+        ends: whether the instruction behind it is not reached from here.
+    """
+
+    text: str
+    target: str | None
+    ends: bool
+
+
+def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions in the output of ``nvdisasm -c``, no-ops aside, and where labels stand.
 
     Raises:
         ValueError: no instruction in it.
     """
-    lines: list[str] = []
+    program: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(lines)
+            labels[label[1]] = len(program)
         elif (found := _INSTRUCTION.match(line)) and found["op"] != "NOP":
-            lines.append(found["text"])
-    if not lines:
+            branches = _class_of(found["op"]) == "branch"
+            target = _TARGET.search(found["text"]) if branches else None
+            ends = not found["predicate"] and _ENDS.fullmatch(found["text"].strip())
+            program.append(
+                Instruction(found["text"].strip(), target[1] if target else None, bool(ends))
+            )
+    if not program:
         raise ValueError("sass: expected the output of nvdisasm -c, found no instruction in it")
+    return program, labels
+
+
+def read(sass: str) -> Listing:
+    """Count what stands in the output of ``nvdisasm -c``.
+
+    Raises:
+        ValueError: no instruction in it.
+    """
+    program, labels = parse(sass)
+    lines = [instruction.text for instruction in program]
     opcodes = [text.split()[0].rstrip(";") for text in lines]
     kinds = [_class_of(op) for op in opcodes]
-    loops = []
-    for i, text in enumerate(lines):
-        target = _TARGET.search(text) if kinds[i] == "branch" else None
-        if target and labels.get(target[1], i + 1) < i:
-            loops.append((labels[target[1]], i + 1))
+    loops = [
+        (labels[instruction.target], i + 1)
+        for i, instruction in enumerate(program)
+        if labels.get(instruction.target, i + 1) < i
+    ]
     innermost = [
         a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
     ]
