@@ -269,7 +269,7 @@ def test_a_pool_of_processes_encodes_the_same(kind, folders, tmp_path):
         options = {"convert_to_tensor": True}
     expected = model.to("cpu").encode(TEXTS, **options)
     fastbert.accelerate(model)
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    pool = model.start_multi_process_pool(["cpu"])
     try:
         found = model.encode(TEXTS, pool=pool, chunk_size=2, **options)
     finally:
