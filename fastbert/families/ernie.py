@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.ernie import modeling_ernie
 
@@ -19,13 +20,16 @@ class LabelledErnieOutput(modeling_ernie.ErnieForPreTrainingOutput):
 
 
 def _tasks(
-    embeddings: nn.Module, arguments: Mapping[str, Any], rows: Callable[[Tensor], Tensor]
+    embeddings: nn.Module,
+    arguments: Mapping[str, Any],
+    rows: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> Tensor | None:
     """Of the task that a token is read for, the first one if none is given."""
     table, ids = getattr(embeddings, "task_type_embeddings", None), arguments.get("task_type_ids")
     if table is None:
         return None
-    return table.weight[:1] if ids is None else table(rows(ids))
+    return table(torch.zeros(1, dtype=torch.long, device=device) if ids is None else rows(ids))
 
 
 FAMILY = with_berts_heads(

@@ -11,6 +11,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["EmbeddingParts", "Family", "Head", "LayerParts", "VocabularyHead", "like_bert"]
@@ -88,7 +89,9 @@ class LayerParts:
         return found
 
 
-FurtherSum = Callable[[nn.Module, Mapping[str, Any], Callable[[Tensor], Tensor]], Tensor | None]
+FurtherSum = Callable[
+    [nn.Module, Mapping[str, Any], Callable[[Tensor], Tensor], torch.device], Tensor | None
+]
 
 
 def _nothing_further(*_: Any) -> None:
@@ -102,8 +105,8 @@ class EmbeddingParts:
     Attributes:
         word, position, token_type: tables; a family may have no token types.
         further: names of more tables; a model may be without.
-        further_sum: what these give: from the embeddings, the arguments of a call by name, and what
-            packs one of them, ``[1 or B, S, ...]``; ``[T or 1, E]``, or None.
+        further_sum: what these give: from the embeddings, the arguments of a call by name, what
+            packs one of them, ``[1 or B, S, ...]``, and where ids are; ``[T or 1, E]``, or None.
         norm, dropout: behind the sum; a family may have no norm there.
         counts_tokens: positions of who gives none count the tokens that are not ``padding_idx``,
             from behind it on, as fairseq does; otherwise columns, from 0 on.

@@ -300,7 +300,7 @@ def embed_rows(
         types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
     tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
     norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
-    further = sums.further_sum(embeddings, arguments, rows)
+    further = sums.further_sum(embeddings, arguments, rows, x.device)
     if (
         words is not None
         and further is None

@@ -15,16 +15,16 @@ from .masked_lm import MaskedLMHead
 
 
 def _boxes(
-    embeddings: nn.Module, arguments: Mapping[str, Any], rows: Callable[[Tensor], Tensor]
+    embeddings: nn.Module,
+    arguments: Mapping[str, Any],
+    rows: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> Tensor:
     """Of the box of each word, ``bbox`` ``[B, S, 4]``: its sides, height and width."""
     across, down = embeddings.x_position_embeddings, embeddings.y_position_embeddings
     high, wide = embeddings.h_position_embeddings, embeddings.w_position_embeddings
     boxes = arguments.get("bbox")
-    if boxes is None:
-        boxes = torch.zeros(1, 4, dtype=torch.long, device=across.weight.device)
-    else:
-        boxes = rows(boxes)
+    boxes = torch.zeros(1, 4, dtype=torch.long, device=device) if boxes is None else rows(boxes)
     left, upper, right, lower = boxes.unbind(-1)
     try:
         sides = across(left) + down(upper) + across(right) + down(lower)
