@@ -176,6 +176,20 @@ def test_what_stands_between_gets_logits(folders, splades):
     assert seen == [99, 99] and not splades
 
 
+@pytest.mark.slow
+def test_compiled_or_alone_it_gives_logits(folders, splades):
+    model = sparse(folders["distilbert"])
+    expected = dense(model)
+    fastbert.accelerate(model)
+    features = model.preprocess(TEXTS)
+    logits = model[0](dict(features))["token_embeddings"]
+    assert logits.shape == (*features["input_ids"].shape, 99)
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    torch.testing.assert_close(dense(model), expected, rtol=1e-4, atol=1e-5)
+    assert not splades
+
+
 def test_training_has_the_gradients(folders, splades):
     model = sparse(folders["distilbert"]).train()
     for module in model.modules():
