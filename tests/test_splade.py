@@ -104,7 +104,7 @@ def test_autocast(device):
     ("change", "words"),
     [
         ({"x": torch.ones(5, 16)}, "expected 7 rows for 2 sequences, got 5"),
-        ({"x": torch.ones(7, 3)}, r"expected x \[T, E\] and weight \[V, E\], got \(7, 3\)"),
+        ({"x": torch.ones(7, 3)}, r"expected x \[N, E\] and weight \[V, E\], got \(7, 3\)"),
         ({"bias": torch.ones(3)}, r"expected a bias \(300,\), got \(3,\)"),
         ({"pooling": "mean"}, "expected pooling max or sum, got 'mean'"),
         ({"activation": "gelu"}, "expected activation relu or log1p_relu, got 'gelu'"),
@@ -225,3 +225,17 @@ def test_loaded_ones_have_it_too(on_torch):
     ).eval()  # fmt: skip
     fastbert.accelerate(theirs)
     assert theirs.splade(**inputs_of("BertForMaskedLM", RIGHT)).shape == (4, 99)
+
+
+@pytest.mark.slow
+def test_it_is_compared_behind_a_check(minilm_folder, on_torch, monkeypatch):
+    from fastbert.benchmarks.splade import compare
+
+    found = compare(texts=8, rounds=1, device="cpu")
+    assert all(seconds > 0 for pair in found for seconds in pair)
+    right = fastbert.BertForMaskedLM.splade
+    monkeypatch.setattr(
+        fastbert.BertForMaskedLM, "splade", lambda self, **given: 1.001 * right(self, **given)
+    )
+    with pytest.raises(AssertionError, match="SPLADE vectors"):
+        compare(texts=8, rounds=1, device="cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import resolve
 from .gradient import wants_gradient
-from .linear import linear
+from .linear import check_decoder, linear
 from .registry import define
 
 __all__ = ["at_least_one", "labelled_rows", "linear_cross_entropy", "summed_cross_entropy"]
@@ -233,19 +233,11 @@ def linear_cross_entropy(
     on the host, which on a GPU costs a synchronisation. Inside ``torch.compile`` it is the plain
     formula, which a compiler fuses itself.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "linear_cross_entropy: expected x [N, E] and weight [V, E], "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+    check_decoder("linear_cross_entropy", x, weight, bias)
     if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"linear_cross_entropy: expected int64 labels ({x.shape[0]},), "
             f"got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: expected a bias ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
     if reduction not in _REDUCTIONS:
         raise ValueError(

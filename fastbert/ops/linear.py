@@ -26,6 +26,7 @@ from .registry import define
 __all__ = [
     "ACTIVATIONS",
     "activate",
+    "check_decoder",
     "feed_forward_add_norm",
     "linear",
     "linear_add_norm",
@@ -108,6 +109,21 @@ def linear(
         out = F.linear(rows, weight)
         _bias_activation_(out, bias, activation)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def check_decoder(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Shapes of an op whose product is with a vocabulary.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: expected x [N, E] and weight [V, E], "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: expected a bias ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..packing import PackedBatch
 from .gradient import wants_gradient
-from .linear import linear
+from .linear import check_decoder, linear
 from .reference import splade_ref
 
 __all__ = ["ACTIVATIONS", "POOLINGS", "linear_splade"]
@@ -71,19 +71,11 @@ def linear_splade(
     Supported: fp32, fp16, bf16, fp64, gradients of any order, autocast. Where several tokens have
     the largest logit, one of them gets the gradient, as in ``torch.max(dim=...)``.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "linear_splade: expected x [T, E] and weight [V, E], "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+    check_decoder("linear_splade", x, weight, bias)
     if x.shape[0] != batch.num_tokens:
         raise ValueError(
             f"linear_splade: expected {batch.num_tokens} rows for {batch.num_sequences} sequences, "
             f"got {x.shape[0]}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_splade: expected a bias ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
     for name, value, known in (
         ("pooling", pooling, POOLINGS),
