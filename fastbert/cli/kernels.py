@@ -336,6 +336,50 @@ def profile(
     show_profile(Console(), str(workload), found)
 
 
+@app.command()
+def host(
+    kind: Annotated[str, typer.Argument(help="forward or training.")] = "forward",
+    model: Annotated[str, typer.Option(help="minilm, base or large.")] = "base",
+    layers: Annotated[int | None, typer.Option(min=3, help="Another number of layers.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest.")] = 128,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Every other sequence is half as long.")
+    ] = False,
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="Weights in fp32, bf16 by autocast.")
+    ] = False,
+    arch: Arch = "sm_90",
+    calls: Annotated[int, typer.Option(min=2, help="How many are timed.")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Launches, waits and microseconds of the host in one call: no GPU needed, a C compiler is."""
+    _without_interpreter()
+    import torch
+    from rich.console import Console
+
+    from fastbert.benchmarks.shapes import MODELS
+
+    from ..workbench import host
+    from ..workbench.terminal import show_host
+
+    if kind not in host.KINDS:
+        raise typer.BadParameter(f"expected one of {', '.join(host.KINDS)}, got {kind!r}")
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
+    torch.set_num_threads(1)
+    options = {"model": model, "layers": layers, "batch": batch, "length": length}
+    options |= {"padded": padded, "autocast": autocast, "arch": _arch(arch), "calls": calls}
+    try:
+        found = host.measure(kind, **options)
+    except RuntimeError as error:
+        raise TaskError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps(found.facts()))
+    else:
+        show_host(Console(), found)
+
+
 # ---- helpers ----
 
 

@@ -9,10 +9,13 @@ from rich.table import Table
 
 from fastbert.benchmarks.tracing import Profile
 
+from .host import HostCost
 from .inspection import Inspection
 from .tune import Candidate
 
-__all__ = ["show_candidates", "show_differences", "show_inspections", "show_profile"]
+__all__ = [
+    "show_candidates", "show_differences", "show_host", "show_inspections", "show_profile",
+]  # fmt: skip
 
 
 def show_inspections(console: Console, found: list[Inspection]) -> None:
@@ -111,3 +114,38 @@ def show_profile(console: Console, title: str, found: Profile) -> None:
             f"least time at this machine's measured limits {1e6 * found.least:.1f} us: "
             f"{100 * found.roofline_share:.0f} % of the roofline"
         )
+
+
+def show_host(console: Console, found: HostCost) -> None:
+    """Microseconds of a call and of its parts, and everything that it launches."""
+    machine = found.machine
+    console.print(
+        f"{found.what}: {1e6 * found.seconds:.0f} us of the host, "
+        f"{1e6 * found.layer_seconds:.1f} us a layer\n"
+        f"{machine['device']}, python {machine['python']}, torch {machine['torch']}, "
+        f"triton {machine['triton']}; the least of all calls, over a stub driver",
+        highlight=False,
+    )
+    table = Table()
+    for column in ("part", "calls", "us"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part in found.parts:
+        table.add_row("  " * part.depth + part.name, str(part.calls), f"{1e6 * part.seconds:.1f}")
+    console.print(table)
+    table = Table()
+    for column in ("launched", "in a call", "by a layer"):
+        table.add_column(column, justify="left" if column == "launched" else "right")
+    for kernel, count in found.launches.items():
+        table.add_row(kernel, str(count), str(found.layer_launches.get(kernel, 0)))
+    products = f"products, {1e6 * found.product_seconds:.1f} us each here"
+    table.add_row(products, str(found.products), str(found.layer_products))
+    for name, count in found.operations.items():
+        table.add_row(f"torch: {name}", str(count), str(found.layer_operations.get(name, 0)))
+    table.add_section()
+    totals = (found.launches, found.layer_launches), (found.operations, found.layer_operations)
+    whole, each = (
+        sum(sum(counts.values()) for counts in by_call) for by_call in zip(*totals, strict=True)
+    )
+    table.add_row("all", str(whole + found.products), str(each + found.layer_products))
+    console.print(table)
+    console.print(f"the host waits for the device {found.waits} times", highlight=False)
