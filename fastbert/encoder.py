@@ -16,13 +16,7 @@ from torch import Tensor
 from . import ops
 from .ops import onednn
 from .ops.attention_torch import varlen_in_torch
-from .ops.inference import (
-    launch_attention,
-    launch_linear,
-    launch_linear_add_norm,
-    only_kernels,
-    only_onednn,
-)
+from .ops.inference import LayerLaunches, only_kernels, only_onednn
 from .ops.layer_gradient import attention_half, takes_attention_half
 from .packing import PackedBatch, PaddedBatch
 
@@ -108,12 +102,14 @@ class Layers:
     Attributes:
         each: their weights.
         tensors: all tensors in them if nothing else is in them, else None.
+        alike: whether they are the same but for the values in these tensors.
     """
 
     def __init__(self, each: list[LayerWeights]):
         self.each = each
         found = [_tensors_of(weights) for weights in each]
         self.tensors = None if None in found else [t for tensors in found for t in tensors]
+        self.alike = self.tensors is not None and len(set(map(_form_of, each))) == 1
 
 
 def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
@@ -129,6 +125,18 @@ def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
     return [t for part in (*linears, *norms) for t in part if isinstance(t, Tensor)]
 
 
+def _form_of(weights: LayerWeights) -> tuple:
+    """Everything of a layer that is tensors and numbers, but for the values in the tensors."""
+    parts = (*weights.qkv, *weights[1:])
+    return tuple(map(_form, parts))
+
+
+def _form(part: object) -> object:
+    if isinstance(part, Tensor):
+        return part.shape, part.stride(), part.dtype
+    return tuple(map(_form, part)) if isinstance(part, Linear | Norm) else part
+
+
 def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
     """All layers of BERT in inference, one after the other.
 
@@ -140,30 +148,35 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
     Returns:
         ``[T, E]``.
     """
-    step = encode_layer
     if layers.tensors and isinstance(batch, PackedBatch) and batch.max_seqlen:
         if batch.bias is None and only_kernels(hidden, layers.tensors, layers.each[0].head_size):
-            step = _launch_layer
-        elif only_onednn(hidden, layers.tensors):
+            return _launch_layers(hidden, batch, layers)
+        if only_onednn(hidden, layers.tensors):
             return encode_on_onednn(hidden, batch, layers.each)
     for weights in layers.each:
-        hidden = step(hidden, batch, weights)
+        hidden = encode_layer(hidden, batch, weights)
     return hidden
 
 
-def _launch_layer(hidden: Tensor, batch: PackedBatch, weights: LayerWeights) -> Tensor:
-    """`encode_layer` where `only_kernels` has found that nothing but the libraries'
-    products and the kernels will run: no decision is left, and each is launched at once."""
-    context = launch_attention(
-        *(F.linear(hidden, *part).unflatten(-1, (-1, weights.head_size)) for part in weights.qkv),
-        batch,
-        weights.scale,
-    ).flatten(1)
-    hidden = launch_linear_add_norm(
-        context, *weights.attention_output, hidden, *weights.attention_norm
-    )
-    inner = launch_linear(hidden, *weights.intermediate, weights.activation)
-    return launch_linear_add_norm(inner, *weights.output, hidden, *weights.output_norm)
+def _launch_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor:
+    """`encode_layers` where `only_kernels` has found that nothing but the libraries' products and
+    the kernels will run: no decision is left, and each is launched at once."""
+    launches = None
+    for weights in layers.each:
+        if launches is None or not layers.alike:
+            launches = LayerLaunches(
+                batch, weights.scale, weights.head_size, weights.activation,
+                (weights.attention_norm.eps, weights.output_norm.eps),
+            )  # fmt: skip
+        context = launches.attend(*(F.linear(hidden, *part) for part in weights.qkv))
+        hidden = launches.linear_add_norm(
+            0, context, *weights.attention_output, hidden, *weights.attention_norm[:2]
+        )
+        inner = launches.linear(hidden, *weights.intermediate)
+        hidden = launches.linear_add_norm(
+            1, inner, *weights.output, hidden, *weights.output_norm[:2]
+        )
+    return hidden
 
 
 def bucket_of(rows: int) -> int:

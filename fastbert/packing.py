@@ -72,7 +72,9 @@ class PackedBatch:
     @classmethod
     def dense(cls, batch_size: int, length: int, device: torch.device | str) -> PackedBatch:
         """``batch_size`` sequences of ``length`` tokens, no padding. No synchronisation."""
-        cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
+        count = batch_size * length
+        cu_seqlens = torch.arange(0, count + 1, max(length, 1), dtype=torch.int32, device=device)
+        cu_seqlens = cu_seqlens if length else cu_seqlens.repeat(batch_size + 1)
         return cls((length,) * batch_size, cu_seqlens, None, (batch_size, length))
 
     @classmethod

@@ -5,11 +5,17 @@ by name. Triton sorts arguments into classes at each launch (dtypes, which point
 multiples of 16, which sizes are 1) and looks up the kernel that was compiled for them. Here they
 are compared by value, which needs no sorting and can only tell more apart: the same values are the
 same class. A pointer that is not aligned, a hook on launches or the interpreter take Triton's way.
+
+`noted` is for who makes the same launch over and over on other tensors: it can be made again
+without a look at anything but their addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +24,7 @@ import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["launch"]
+__all__ = ["Again", "launch", "noted"]
 
 _INT32 = 2**31
 _AT_MOST = 4096  # remembered for one kernel, before all is forgotten
@@ -36,6 +42,10 @@ def launch(
             in every launch.
         constants: what it takes as ``tl.constexpr``, and ``num_stages``.
     """
+    note = None
+    if _notes.made is not None:
+        note = Again(partial(launch, kernel, grid, num_warps=num_warps, **constants), args)
+        _notes.made.append(note)
     known = _known.get(id(kernel))
     if known is None:
         if not isinstance(kernel, JITFunction):  # interpreted
@@ -45,8 +55,12 @@ def launch(
     active = driver.active
     device, index = active.get_current_device(), args[0].device.index
     if index is not None and index != device:
-        with torch.cuda.device(index):
-            launch(kernel, grid, *args, num_warps=num_warps, **constants)
+        made, _notes.made = _notes.made, None  # it is noted already
+        try:
+            with torch.cuda.device(index):
+                launch(kernel, grid, *args, num_warps=num_warps, **constants)
+        finally:
+            _notes.made = made
         return
     pointers = known.pointers(args)
     key = (
@@ -78,6 +92,78 @@ def launch(
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *args, *values)
+    if note is not None:
+        note.prepare(partial(run, x, y, z, stream, function, metadata, None, None, None), values)
+
+
+class _Notes(threading.local):
+    made: list[Again] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noted() -> Iterator[list[Again]]:
+    """The launches that this thread makes inside the block, in their order."""
+    before, _notes.made = _notes.made, []
+    try:
+        yield _notes.made
+    finally:
+        _notes.made = before
+
+
+class Again:
+    """A launch that was made, to be made again by the same thread, on the same stream, on other
+    tensors of the same dtypes, sizes and strides.
+
+    Triton is handed addresses then, which it need not ask the driver about.
+    """
+
+    def __init__(self, launch: Callable[..., None], args: tuple):
+        self._launch, self._args = launch, list(args)
+        self._slots: list[tuple[int, int]] = []  # (argument, number of the tensor)
+        self._run: Callable[..., None] | None = None
+
+    def prepare(self, run: Callable[..., None], constants: tuple) -> None:
+        """Do without `launch`, whose checks these arguments have passed."""
+        self._run = run
+        self._given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self._args]
+        self._given += constants
+
+    def over(self, tensors: Sequence[torch.Tensor | None]) -> bool:
+        """Say which tensors will be others; False if they cannot be told apart, and the launch is
+        of no more use.
+
+        Args:
+            tensors: that this launch was made on, told by their addresses; None where the kernel
+                got none.
+        """
+        places = [None if t is None else t.data_ptr() for t in tensors]
+        given = [place for place in places if place]
+        self._slots = [
+            (i, places.index(t.data_ptr()))
+            for i, t in enumerate(self._args)
+            if isinstance(t, torch.Tensor) and t.data_ptr() in given
+        ]
+        for i, _ in self._slots:
+            self._args[i] = None  # whose memory is free to be used again
+        return len(set(given)) == len(given) == len({j for _, j in self._slots})
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Make it on others than those of `over`."""
+        if self._run is not None:
+            given, places = self._given, 0
+            for i, j in self._slots:
+                place = given[i] = tensors[j].data_ptr()
+                places |= place
+            if not places & 15:
+                self._run(*given)
+                return
+        args = self._args.copy()
+        for i, j in self._slots:
+            args[i] = tensors[j]
+        self._launch(*args)
 
 
 def _getter(indices: list[int]) -> Callable[[tuple], tuple]:

@@ -118,7 +118,7 @@ def embedding_fwd(
     tile = layernorm_tile(n, device_arch(word.device))
     launch(
         _embedding_fwd_kernel, (cdiv(m, tile.rows),),
-        y, z, *statistics, *ids, *tables, weight, bias,
+        y, z, *statistics.unbind(), *ids, *tables, weight, bias,
         y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
         m, *(0 if t is None else t.shape[0] for t in tables), float(eps),
         N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,

@@ -233,7 +233,7 @@ def layernorm_fwd(
     tile = layernorm_tile(n, device_arch(x.device))
     launch(
         _layernorm_fwd_kernel, (cdiv(m, tile.rows),),
-        y, z, *statistics, x, residual, input_bias, weight, bias, seed if bits else None,
+        y, z, *statistics.unbind(), x, residual, input_bias, weight, bias, seed if bits else None,
         y.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), m, float(eps),
         threshold, scale,
         N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
@@ -266,7 +266,7 @@ def layernorm_again(
     tile = layernorm_tile(n, device_arch(z.device))
     launch(
         _layernorm_again_kernel, (cdiv(m, tile.rows),),
-        y, z, *statistics, weight, bias, m,
+        y, z, *statistics.unbind(), weight, bias, m,
         N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip
     return y
@@ -314,7 +314,7 @@ def layernorm_bwd(
     if dx.numel():
         launch(
             _layernorm_bwd_kernel, (programs,),
-            dx, dresidual, *partial, dy, z, *statistics, weight, seed if bits else None,
+            dx, dresidual, *partial, dy, z, *statistics.unbind(), weight, seed if bits else None,
             dy.stride(0), m, threshold, scale,
             N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=stages(tile.block_n),
             num_warps=tile.num_warps,

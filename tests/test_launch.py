@@ -3,6 +3,7 @@
 The kernels and the driver here are stand-ins that note how they were called.
 """
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,81 @@ def test_what_is_remembered_is_bounded(kernel, tensors, monkeypatch):
         launch(kernel, *tensors, stride=stride)
     (known,) = _launch._known.values()
     assert len(known.compiled) <= 3
+
+
+def noted(kernel, tensors):
+    with _launch.noted() as made:
+        launch(kernel, *tensors)
+    (note,) = made
+    return note
+
+
+def others():
+    return torch.zeros(64), torch.zeros(64)
+
+
+def test_a_noted_launch_is_made_again_on_the_addresses_of_other_tensors(kernel, tensors):
+    launch(kernel, *tensors)
+    launch(kernel, *tensors)
+    note = noted(kernel, tensors)
+    assert note.over(tensors[:2])
+    new = others()
+    note(*new)
+    assert len(kernel.slow) == 1 and len(kernel.fast) == 3
+    before, after = kernel.fast[-2:]
+    assert after[:9] == before[:9], "the same grid, stream and function"
+    assert after[9:12] == tuple(t.data_ptr() for t in (*new, tensors[2]))
+    assert after[12:] == before[12:]
+    with _launch.noted() as made:
+        note(*new)
+    assert made == [], "what is made again is not noted"
+
+
+def test_a_noted_launch_keeps_no_memory_of_the_tensors_that_will_be_others(kernel, tensors):
+    out, x, mean = tensors
+    launch(kernel, out, x, mean)
+    own = torch.zeros(64)
+    gone = weakref.ref(own)
+    note = noted(kernel, (out, own, mean))
+    assert note.over([own])
+    del own
+    kernel.slow.clear(), kernel.fast.clear()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("why", ["first", "alignment", "hook", "device"])
+def test_a_noted_launch_that_needs_triton_is_launched_by_it(kernel, tensors, why, monkeypatch):
+    import triton
+
+    new = others()
+    if why != "first":
+        launch(kernel, *tensors)
+    if why == "hook":
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    if why == "device":
+        monkeypatch.setattr(_launch.driver.active, "get_current_device", lambda: 1)
+    note = noted(kernel, tensors)
+    assert note.over(tensors[:2])
+    if why == "alignment":
+        new = torch.zeros(65)[1:], new[1]
+    kernel.slow.clear(), kernel.fast.clear()
+    note(*new)
+    made = kernel.slow or kernel.fast
+    assert len(kernel.slow) == (why in ("alignment", "hook")), "the others are known by now"
+    values = made[0][1][:3] if kernel.slow else made[0][9:12]
+    assert all(a is b for a, b in zip(values, (*new, tensors[2]), strict=True))
+
+
+def test_tensors_at_one_address_cannot_be_told_apart(kernel, tensors):
+    out, x, mean = tensors
+    assert noted(kernel, (out, x, mean)).over([out, None, x])
+    assert not noted(kernel, (out, x, mean)).over([out, x, x.view(8, 8)])
+    assert not noted(kernel, (out, x, mean)).over([out, torch.zeros(3)]), "not an argument"
+    twice = noted(kernel, (x, x, mean))
+    assert twice.over([x]), "read and written in place"
+    (new,) = others()[:1]
+    twice(new)
+    assert kernel.slow[-1][1][0] is kernel.slow[-1][1][1] is new or kernel.fast
 
 
 def test_interpreted_kernels_are_called_as_they_are():

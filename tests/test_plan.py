@@ -63,6 +63,19 @@ def test_whatever_a_layer_computes_with_may_change(change):
     assert not torch.allclose(now, before), "the change changes nothing"
 
 
+@pytest.mark.parametrize("change", [None, *CHANGES.values()], ids=["nothing", *CHANGES])
+def test_kernels_are_launched_for_each_layer_as_for_it_alone(change):
+    """Layers that are alike share launches and the memory of results; others must not."""
+    torch.manual_seed(0)
+    ours = fastbert.BertModel(tiny_config(num_hidden_layers=4)).eval()
+    with torch.no_grad(), fastbert.backend("triton"):
+        if change is not None:
+            change(ours.encoder.layer[2])
+            ours.encoder.layer[2].output.dropout.eval()
+        alone = ours(**INPUTS, output_hidden_states=True).last_hidden_state
+        assert torch.equal(ours(**INPUTS).last_hidden_state, alone)
+
+
 @pytest.mark.slow
 def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypatch):
     ours = model()

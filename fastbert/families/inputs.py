@@ -323,7 +323,8 @@ def embed_rows(
         hidden = hidden + position(positions)
         hidden = hidden if further is None else hidden + further
         hidden = hidden if norm is None else normalised(hidden, norm)
-    hidden = F.dropout(hidden, modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0)
+    dropout = modules.dropout_p(getattr(embeddings, sums.dropout))
+    hidden = F.dropout(hidden, dropout) if dropout else hidden
     projection = model.family.projection_of(model)
     if projection is None:
         return hidden

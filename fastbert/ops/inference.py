@@ -2,14 +2,17 @@
 
 `fastbert.ops.attention_varlen`, `linear_add_norm` and `linear` look at their arguments and at what
 surrounds the call, every time. For small batches that takes longer than the GPU does. A caller with
-many layers asks `only_kernels` or `only_onednn` once: the first allows the launches below, the
-second the products of `fastbert.ops.onednn`.
+many layers asks `only_kernels` or `only_onednn` once: the first allows `LayerLaunches`, the second
+the products of `fastbert.ops.onednn`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 from operator import attrgetter, eq, is_
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +25,10 @@ from .backend import resolve
 from .linear import plain_on_cpu, route, rows_on_onednn
 from .registry import takes_launches
 
-__all__ = [
-    "launch_attention",
-    "launch_linear",
-    "launch_linear_add_norm",
-    "only_kernels",
-    "only_onednn",
-]
+if TYPE_CHECKING:
+    from ..kernels._launch import Again
+
+__all__ = ["LayerLaunches", "only_kernels", "only_onednn"]
 
 _DTYPE = attrgetter("dtype")
 
@@ -68,37 +68,100 @@ def only_onednn(rows: Tensor, weights: list[Tensor]) -> bool:
     )
 
 
-def launch_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
-    """`fastbert.ops.attention_varlen` of q, k and v ``[T, H, D]``."""
-    from ..kernels.attention import attention_varlen_fwd
+class LayerLaunches:
+    """The kernels of a layer, launched for one layer after the other.
 
-    tile = tile_for(q, batch.max_seqlen, batch.max_seqlen)
-    return attention_varlen_fwd(
-        q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.tile_map(tile.block_m), tile,
-        scale=scale,
-    )[0]  # fmt: skip
+    Layers whose tensors have the same sizes launch the same kernels on other addresses, so all but
+    the first one's are made again as they were noted, and into the memory of the first one's
+    results: each is read by what follows in its layer or by the first steps of the next one, and
+    then free.
+
+    Args:
+        batch: the sequences of all rows.
+        scale: factor for the scores.
+        head_size: of attention.
+        activation: one of `fastbert.ops.linear.ACTIVATIONS`.
+        eps: of the norm after attention, and of the last one.
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        scale: float,
+        head_size: int,
+        activation: str,
+        eps: tuple[float, float],
+    ):
+        from ..kernels.attention import attention_varlen_fwd
+        from ..kernels.layernorm import layernorm_fwd
+        from ..kernels.linear import bias_activation_fwd_
+
+        def attend(*rows: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (-1, head_size)) for t in rows)
+            tile = tile_for(q, batch.max_seqlen, batch.max_seqlen)
+            starts = batch.cu_seqlens
+            return attention_varlen_fwd(
+                q, k, v, starts, starts, batch.tile_map(tile.block_m), tile, scale=scale
+            )[0].flatten(1)
+
+        def add_norm(at: int, x: Tensor, residual: Tensor, *tensors: Tensor | None) -> Tensor:
+            return layernorm_fwd(x, residual, *tensors, eps=eps[at])[0]
+
+        self._activation = activation
+        self._fused: bool | None = None
+        self._attend = _Repeated(attend)
+        self._add_norm = [_Repeated(partial(add_norm, at)) for at in (0, 1)]
+        self._activate = _Repeated(partial(bias_activation_fwd_, activation=activation))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`fastbert.ops.attention_varlen` of rows ``[T, E]``."""
+        return self._attend(q, k, v)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``activation(x @ weight.T + bias)`` of rows ``[T, E]``."""
+        if self._fused is None:
+            self._fused = route(x, weight) == "fused"
+        if self._fused:
+            from ..kernels.linear import linear_activation_fwd
+
+            return linear_activation_fwd(x, weight, bias, activation=self._activation)
+        return self._activate(F.linear(x, weight), bias)
+
+    def linear_add_norm(
+        self,
+        at: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+    ) -> Tensor:
+        """``LayerNorm(x @ weight.T + bias + residual)`` of rows ``[T, F]`` and ``[T, E]``.
+
+        Args:
+            at: 0 for the norm after attention, 1 for the last one.
+        """
+        return self._add_norm[at](F.linear(x, weight), residual, bias, norm_weight, norm_bias)
 
 
-def launch_linear_add_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """``LayerNorm(x @ weight.T + bias + residual)`` of rows ``[T, F]`` and ``[T, E]``."""
-    from ..kernels.layernorm import layernorm_fwd
+class _Repeated:
+    """A function of tensors that launches one kernel, called with tensors of the same sizes."""
 
-    x = F.linear(x, weight)
-    return layernorm_fwd(x, residual, bias, norm_weight, norm_bias, eps=eps)[0]
+    def __init__(self, function: Callable[..., Tensor]):
+        self._function = function
+        self._again: Again | None = None
 
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        if self._again is None:
+            from ..kernels._launch import noted
 
-def launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation(x @ weight.T + bias)`` of rows ``[T, E]``."""
-    from ..kernels.linear import bias_activation_fwd_, linear_activation_fwd
-
-    if route(x, weight) == "fused":
-        return linear_activation_fwd(x, weight, bias, activation=activation)
-    return bias_activation_fwd_(F.linear(x, weight), bias, activation=activation)
+            with noted() as made:
+                result = self._function(*tensors)
+            (launched,) = made
+            self._result = None if result is tensors[0] else result
+            if launched.over(tensors):
+                self._again = launched
+            return result
+        self._again(*tensors)
+        return tensors[0] if self._result is None else self._result

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +44,9 @@ _PARTS = {
         ("families.model", "make_batch", "packed batch", 0),
         ("families.model", "embed_rows", "embeddings", 0),
         ("families.model", "encode_layers", "layers", 0),
-        ("encoder", "launch_attention", "attention", 1),
-        ("encoder", "launch_linear", "product, activation", 1),
-        ("encoder", "launch_linear_add_norm", "product, residual, norm", 1),
+        ("ops.inference.LayerLaunches", "attend", "attention", 1),
+        ("ops.inference.LayerLaunches", "linear", "product, activation", 1),
+        ("ops.inference.LayerLaunches", "linear_add_norm", "product, residual, norm", 1),
     ),
     "training": (
         ("families.model", "examine", "what is in the model", 0),
@@ -319,7 +319,7 @@ def _parts(kind: str, call: Callable[[], None], calls: int) -> list[Part]:
     clocks, samples = [], []
     with ExitStack() as stack:
         for module, name, words, depth in (*_PARTS[kind], *_LAUNCHERS):
-            owner = import_module(f"fastbert.{module}")
+            owner = resolve_name(f"fastbert.{module}")
             clocks.append(_Clock(words, getattr(owner, name), depth))
             stack.enter_context(_in_place(owner, name, clocks[-1]))
         for _ in range(calls):
