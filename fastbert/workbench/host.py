@@ -219,6 +219,8 @@ def _call(
         chosen = torch.arange(ids.numel()).view_as(ids) % 7 == 0
         inputs["labels"] = ids.masked_fill(~chosen | (padded & (real == 0)), -100)
 
+    parameters = list(model.parameters())
+
     def call() -> None:
         cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         if kind == "forward":
@@ -228,7 +230,7 @@ def _call(
         with cast:
             loss = model(**inputs, skip_logits=True).loss
         _backward(loss)
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
 
     for _ in range(3):
