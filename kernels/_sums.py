@@ -19,7 +19,7 @@ ROWS, BLOCK_N = 64, 16
 
 @triton.jit(do_not_specialize=["P"])
 def _column_sums_kernel(
-    out_ptr,  # [K, N], fp32
+    out_ptr,  # [K, N]
     shares_ptr,  # [K, P, N], fp32
     P,
     N: tl.constexpr,
@@ -33,20 +33,22 @@ def _column_sums_kernel(
         offs_p = start + tl.arange(0, ROWS)
         ptrs = shares_ptr + (which * P + offs_p)[:, None] * N + offs_n[None, :]
         acc += tl.load(ptrs, mask=(offs_p < P)[:, None] & mask_n[None, :], other=0.0)
-    tl.store(out_ptr + which * N + offs_n, tl.sum(acc, 0), mask=mask_n)
+    total = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + which * N + offs_n, total, mask=mask_n)
 
 
-def column_sums(shares: torch.Tensor) -> torch.Tensor:
-    """``shares.sum(1)``.
+def column_sums(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``shares.sum(1)``, added up in fp32.
 
     Args:
         shares: fp32 ``[K, P, N]``, contiguous.
+        dtype: of the result.
 
     Returns:
-        fp32 ``[K, N]``.
+        ``[K, N]``.
     """
     k, p, n = shares.shape
-    out = torch.empty(k, n, dtype=torch.float32, device=shares.device)
+    out = torch.empty(k, n, dtype=dtype, device=shares.device)
     if out.numel():
         launch(
             _column_sums_kernel, (cdiv(n, BLOCK_N), k), out, shares, p,

@@ -276,14 +276,13 @@ def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     {**tensors, **extra}, none, constants, tile, work,
                     (f"{_ROWS} rows of {width}", cost),
                 )  # fmt: skip
-        if dtype == torch.float32:  # the sums of every kernel, whatever its dtype
-            yield _variant(
-                _sums._column_sums_kernel, f"N{width}", arch, dtype,
-                {"out_ptr": "*fp32", "shares_ptr": "*fp32"}, (),
-                {"N": width, "ROWS": _sums.ROWS, "BLOCK_N": _sums.BLOCK_N},
-                RowTile(_sums.ROWS, _sums.BLOCK_N, 4), (_sums.ROWS * _sums.BLOCK_N, "value"),
-                (f"1056 shares of {width}", _cost.rows_cost(1056, width, 4, 1)),
-            )  # fmt: skip
+        yield _variant(
+            _sums._column_sums_kernel, f"N{width}", arch, dtype,
+            {"out_ptr": None, "shares_ptr": "*fp32"}, (),
+            {"N": width, "ROWS": _sums.ROWS, "BLOCK_N": _sums.BLOCK_N},
+            RowTile(_sums.ROWS, _sums.BLOCK_N, 4), (_sums.ROWS * _sums.BLOCK_N, "value"),
+            (f"1056 shares of {width}", _cost.rows_cost(1056, width, 4, 1)),
+        )  # fmt: skip
         for tile in _changed([layernorm_tile(width, arch)], fields):
             yield _variant(
                 layernorm._layernorm_again_kernel, f"N{width}", arch, dtype,

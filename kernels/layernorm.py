@@ -281,6 +281,7 @@ def layernorm_bwd(
     dx_dtype: torch.dtype,
     residual_dtype: torch.dtype | None = None,
     sums: tuple[bool, bool, bool] = (False, False, False),
+    sums_dtype: torch.dtype = torch.float32,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -293,11 +294,12 @@ def layernorm_bwd(
         dx_dtype: of dx.
         residual_dtype: of the residual's gradient, None where none is wanted.
         sums: whether the gradients of weight, bias and input_bias are wanted.
+        sums_dtype: of these gradients.
         dropout_p, seed: as in forward.
 
     Returns:
         dx ``[M, N]``; the gradient of the residual where it is wanted and another than dx (with
-        dropout, or in another dtype), else None; the sums that are wanted, fp32 ``[0 to 3, N]``.
+        dropout, or in another dtype), else None; the sums that are wanted, ``[0 to 3, N]``.
     """
     m, n = dy.shape
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
@@ -319,4 +321,5 @@ def layernorm_bwd(
             N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=stages(tile.block_n),
             num_warps=tile.num_warps,
         )  # fmt: skip
-    return dx, dresidual, column_sums(shares) if dx.numel() else shares.sum(1)
+    totals = column_sums(shares, sums_dtype) if dx.numel() else shares.sum(1, dtype=sums_dtype)
+    return dx, dresidual, totals

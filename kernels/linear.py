@@ -230,7 +230,7 @@ def activation_bwd(
     x: torch.Tensor,
     *,
     activation: str,
-    bias_gradient: bool = False,
+    bias_dtype: torch.dtype | None = None,
     again: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradient of an activation, its result once more, and the sum over rows, in one pass.
@@ -239,11 +239,11 @@ def activation_bwd(
         dy: ``[M, N]``, any row stride.
         x: ``[M, N]``, contiguous, the pre-activation.
         activation: one of `fastbert.kernels._common.ACTIVATIONS`.
-        bias_gradient: whether the sum of the gradient over rows is wanted.
+        bias_dtype: of the sum of the gradient over rows, None where it is not wanted.
         again: whether ``act(x)`` is wanted.
 
     Returns:
-        The gradient of ``x``; ``act(x)`` or None; the sum, fp32 ``[N]``, or None.
+        The gradient of ``x``; ``act(x)`` or None; the sum ``[N]`` or None.
     """
     assert activation in ACTIVATIONS, activation
     m, n = x.shape
@@ -253,7 +253,7 @@ def activation_bwd(
     tile = bias_activation_tile(n, device_arch(x.device))
     programs = min(cdiv(m, tile.rows), _PROGRAMS_PER_SM * num_sms(x.device))
     dbias = None
-    if bias_gradient:
+    if bias_dtype is not None:
         dbias = torch.empty(1, programs, n, dtype=torch.float32, device=x.device)
     if dx.numel():
         launch(
@@ -263,5 +263,6 @@ def activation_bwd(
             ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
         )  # fmt: skip
     if dbias is not None:
-        dbias = (column_sums(dbias) if dx.numel() else dbias.sum(1))[0]
+        empty = dx.numel() == 0
+        dbias = (dbias.sum(1, dtype=bias_dtype) if empty else column_sums(dbias, bias_dtype))[0]
     return dx, y, dbias

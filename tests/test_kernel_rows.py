@@ -121,6 +121,17 @@ def test_layer_norm_gradients_with_more_rows_than_programs(device, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_over_rows_come_in_the_dtype_of_their_parameters(dtype, device):
+    from fastbert.kernels._sums import column_sums
+
+    shares = torch.randn(3, 70, 50, device=device)
+    found, exact = column_sums(shares, dtype), column_sums(shares, torch.float32)
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.to(dtype)), "rounded once"
+    assert_matches(exact, lambda shares: shares.sum(1), (shares,), "column sums")
+
+
 def test_layer_norm_gradients_from_any_upstream_and_to_some_inputs(device):
     x, residual = torch.randn(2, 9, 64, device=device)
     weight, bias = torch.randn(2, 64, device=device)

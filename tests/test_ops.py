@@ -160,14 +160,15 @@ def registered_calls(device):
         "softmax_bwd": (p[0], p[1], 0.5),
         "layer_norm": (x, row, row, 1e-5, x, row, 0.1, seed, True, torch.bfloat16),
         "layer_norm_bwd": (
-            x, x, x[:2, :6].contiguous(), row, x.dtype, x.dtype, [True, False, True], 0.1, seed,
+            x, x, x[:2, :6].contiguous(), row, x.dtype, x.dtype, [True, False, True],
+            torch.bfloat16, 0.1, seed,
         ),
         "layer_norm_again": (x, x[:2, :6].contiguous(), row, row, torch.bfloat16),
         "embed": (ids, ids, None, table, table, None, row, row, 1e-5, True, table.dtype),
         "linear_activation": (x, table, None, "gelu"),
         "bias_activation_": (x.clone(), row, "gelu"),
         "activation": (x, "gelu"),
-        "activation_bwd": (x, x.clone(), "gelu", True, False),
+        "activation_bwd": (x, x.clone(), "gelu", torch.bfloat16, False),
     }  # fmt: skip
 
 

@@ -63,15 +63,67 @@ def test_whatever_a_layer_computes_with_may_change(change):
     assert not torch.allclose(now, before), "the change changes nothing"
 
 
-@pytest.mark.parametrize("change", [None, *CHANGES.values()], ids=["nothing", *CHANGES])
+def gradients(of: nn.Module) -> list[torch.Tensor | None]:
+    of.zero_grad()
+    torch.manual_seed(1)
+    of(**INPUTS).last_hidden_state.square().sum().backward()
+    return [p.grad for p in of.parameters()]
+
+
+FROZEN = {
+    "frozen": lambda layer: layer.attention.self.requires_grad_(False),
+    "a query alone": lambda layer: layer.attention.self.query.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES.values(), *FROZEN.values()], ids=[*CHANGES, *FROZEN])
+def test_whatever_a_layer_trains_with_may_change(change):
+    ours = model()
+    with fastbert.backend("triton"):
+        gradients(ours)
+        with torch.no_grad():
+            change(ours.encoder.layer[1])
+        found, expected = gradients(ours), gradients(copy.deepcopy(ours))
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_layers_are_read_once_in_training_and_are_called(backend, monkeypatch):
+    ours = model().train()
+    reads, calls = [], []
+    read, call = fastbert.families.model._layer_weights, type(ours.encoder.layer[0]).__call__
+    monkeypatch.setattr(
+        fastbert.families.model, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
+    )
+    monkeypatch.setattr(
+        type(ours.encoder.layer[0]), "__call__",
+        lambda self, *a, **k: calls.append(self) or call(self, *a, **k),
+    )  # fmt: skip
+    with fastbert.backend(backend):
+        gradients(ours), gradients(ours)
+        assert len(reads) == 2 and len(calls) == 4
+        ours.encoder.layer[0].attention.self.query.requires_grad_(False)
+        gradients(ours)
+        assert len(reads) == 4, "which products are one may have changed"
+        hidden(ours), gradients(ours)
+        assert len(reads) == 6, "inference has a reading of its own"
+        ours.encoder.layer[1].output.register_forward_hook(lambda *a: None)
+        gradients(ours)
+        assert len(reads) == 6, "transformers' code runs"
+
+
+@pytest.mark.parametrize(
+    "change", [None, "a bias", "a module", "the scale", "an eps", "the activation"]
+)
 def test_kernels_are_launched_for_each_layer_as_for_it_alone(change):
     """Layers that are alike share launches and the memory of results; others must not."""
     torch.manual_seed(0)
     ours = fastbert.BertModel(tiny_config(num_hidden_layers=4)).eval()
     with torch.no_grad(), fastbert.backend("triton"):
         if change is not None:
-            change(ours.encoder.layer[2])
-            ours.encoder.layer[2].output.dropout.eval()
+            CHANGES[change](ours.encoder.layer[2])
         alone = ours(**INPUTS, output_hidden_states=True).last_hidden_state
         assert torch.equal(ours(**INPUTS).last_hidden_state, alone)
 

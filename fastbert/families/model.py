@@ -112,6 +112,7 @@ class Call(NamedTuple):
     attentions: list[Tensor] | None
     selected: set[int] | None  # the hidden states that are wanted, if not all
     backend: str | None  # what was forced, which also rules what checkpointing computes again
+    weights: dict[nn.Module, LayerWeights] | None = None  # of layers that need not be read
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Call:
         """For models that are spread over several devices: accelerate's hooks call it."""
@@ -193,7 +194,8 @@ class PackedLayer:
 
 
 def _encode(layer: PackedLayer, rows: Tensor, call: Call) -> Tensor:
-    return encode_layer(rows, call.batch, _layer_weights(layer), call.attentions)
+    weights = _layer_weights(layer) if call.weights is None else call.weights[layer]
+    return encode_layer(rows, call.batch, weights, call.attentions)
 
 
 def _layer_weights(layer: PackedLayer) -> LayerWeights:
@@ -373,20 +375,22 @@ class PackedModel(DropIn):
 
     def _encoded(self, rows: Tensor, call: Call, found: Found, watching: bool) -> Tensor:
         """Rows behind the last layer."""
-        layers = None if watching else plan_of(self, found, _layer_weights)
-        if layers is None and self.family.calls_layers:
+        plan = plan_of(self, found, _layer_weights)
+        if plan is not None and not watching and not torch.is_grad_enabled():
+            run = self.frozen or encode_layers
+            if self.graphs is None:
+                return run(rows, call.batch, plan.layers)
+            return self.graphs(rows, call.batch, plan.layers, run)
+        if plan is not None:
+            call = call._replace(weights=plan.by_layer)
+        if self.family.calls_layers:
             for layer in self.family.layers(self):
                 rows = layer(rows, call)
             return rows
-        if layers is None:
-            # transformers' recorders would see packed rows; the call records what is wanted itself.
-            token = _active_collector.set({})
-            try:
-                encoder = self.family.encoder_of(self)
-                return encoder(rows, attention_mask=call).last_hidden_state
-            finally:
-                _active_collector.reset(token)
-        run = self.frozen or encode_layers
-        if self.graphs is None:
-            return run(rows, call.batch, layers)
-        return self.graphs(rows, call.batch, layers, run)
+        # transformers' recorders would see packed rows; the call records what is wanted itself.
+        token = _active_collector.set({})
+        try:
+            encoder = self.family.encoder_of(self)
+            return encoder(rows, attention_mask=call).last_hidden_state
+        finally:
+            _active_collector.reset(token)

@@ -18,7 +18,7 @@ from . import known, modules
 from .drop_in import twin_of
 from .family import Family
 
-__all__ = ["Found", "call_obstacle", "examine", "obstacle", "say_once"]
+__all__ = ["Found", "call_obstacle", "examine", "is_remembered", "obstacle", "say_once"]
 
 _log = logging.getLogger("fastbert")
 _said: set[str] = set()
@@ -132,6 +132,12 @@ def _look(model: nn.Module, family: Family) -> Found:
         if looked.still(model):
             model.__dict__[_LOOKED] = looked
     return found
+
+
+def is_remembered(model: nn.Module, found: Found) -> bool:
+    """Whether this was found in a model that nobody watches: no other is remembered."""
+    looked = model.__dict__.get(_LOOKED)
+    return looked is not None and looked.found is found
 
 
 def _pools_rows(pooler: nn.Module, family: Family) -> bool:

@@ -1,9 +1,10 @@
 """The weights of a model's layers as they were read last time, for as long as they are the same.
 
-In inference nothing has to be called but the layers' arithmetic: no hook watches, nobody stands in
-between (`fastbert.families.obstacle` has looked), no hidden state is asked for. Reading a
-layer's modules then takes as long as launching it, so it is done once. Tensors are never copied;
-who replaces one, or changes a number that a layer computes with, is noticed at the next call.
+Where no hook watches and nobody stands in between (`fastbert.families.obstacle` has looked),
+reading a layer's modules takes as long as launching it, so it is done once. Tensors are never
+copied; who replaces one, or changes a number that a layer computes with, is noticed at the next
+call. In inference, if no hidden state is asked for, nothing has to be called but the layers'
+arithmetic.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..encoder import Layers, LayerWeights
 from . import known
 from .family import Family
-from .obstacle import Found
+from .obstacle import Found, is_remembered
 
-__all__ = ["plan_of"]
+__all__ = ["Plan", "plan_of"]
 
-_PLAN = "_fastbert_plan"
+_PLAN, _TRAINING_PLAN = "_fastbert_plan", "_fastbert_training_plan"
 _PARAMETERS = itemgetter("_parameters")
 # What a layer computes with beside parameters and modules, by who holds it.
 _NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
@@ -34,11 +35,16 @@ _NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
 }
 
 
-class _Plan:
-    """Weights of layers, and what they were read from."""
+class Plan:
+    """Weights of layers, and what they were read from.
+
+    Attributes:
+        layers: in their order.
+        by_layer: by their modules.
+    """
 
     def __init__(self, found: Found, layers: list[nn.Module], read: Callable, family: Family):
-        self.found = found
+        self.found, self._training = found, torch.is_grad_enabled()
         self._dicts = [layer.__dict__ for layer in layers]
         inside = [m for layer in layers for m in layer.modules()]
         owners = [m for m in inside if m._parameters]
@@ -59,11 +65,15 @@ class _Plan:
             self._numbers.append((partial(_get, name), layer.get_submodule(owner).__dict__))
         self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()
         self._values = self._read()
-        self.layers = Layers([read(layer) for layer in layers])
+        self.by_layer = {layer: read(layer) for layer in layers}
+        self.layers = Layers([self.by_layer[layer] for layer in layers])
 
     def _read(self) -> list[Any]:
         implementations = [config._attn_implementation for config in self._configs]
-        return implementations + [get(attributes) for get, attributes in self._numbers]
+        numbers = [get(attributes) for get, attributes in self._numbers]
+        if self._training:  # which products are one depends on whose gradient is wanted
+            numbers += [t is not None and t.requires_grad for t in self._tensors]
+        return implementations + numbers
 
     def still(self) -> bool:
         """Whether reading the layers again would give the same."""
@@ -88,23 +98,24 @@ def _get(name: str, attributes: dict) -> Any:
 
 def plan_of(
     model: nn.Module, found: Found, read: Callable[[nn.Module], LayerWeights]
-) -> Layers | None:
-    """The weights of all layers for a call in inference, or None where layers have to be called.
+) -> Plan | None:
+    """The weights of all layers for this call, or None where each has to be read when it is called.
 
     Args:
         found: what `fastbert.families.obstacle.examine` says now, without a reason.
         read: reads one layer.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
+    if torch.compiler.is_compiling() or _has_any_global_hook() or not is_remembered(model, found):
         return None
     family = model.family
     if "_compiled_call_impl" in family.encoder_of(model).__dict__:
         return None
-    plan = model.__dict__.get(_PLAN)
+    name = _TRAINING_PLAN if torch.is_grad_enabled() else _PLAN
+    plan = model.__dict__.get(name)
     if plan is None or plan.found is not found or not plan.still():
         layers = list(map(known.unwrapped, family.layers(model)))
         tensors = [p for layer in layers for p in layer.parameters()]
         if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
             return None
-        plan = model.__dict__[_PLAN] = _Plan(found, layers, read, family)
-    return None if plan.compiled else plan.layers
+        plan = model.__dict__[name] = Plan(found, layers, read, family)
+    return None if plan.compiled else plan

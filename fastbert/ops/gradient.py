@@ -13,6 +13,7 @@ from .backend import resolve
 
 __all__ = [
     "first_order_only",
+    "one_dtype",
     "refuse_seed",
     "rows_contiguous",
     "run_kernel",
@@ -46,6 +47,12 @@ def wants_gradient(*args: Any) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(arg, Tensor) and arg.requires_grad for arg in args
     )
+
+
+def one_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
+    """In which sums become gradients of parameters: theirs, or fp32 where they have several."""
+    found = set(dtypes) - {None}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def trains_on_kernels(x: Tensor, *others: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..packing import PackedBatch
 from .attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE, run_varlen, run_varlen_bwd
 from .dropout import dropout_seed
-from .gradient import first_order_only, trains_on_kernels
+from .gradient import first_order_only, one_dtype, trains_on_kernels
 from .layernorm import layer_norm_bwd, layer_norm_fwd, norm_dtype
 from .linear_gradient import activation_bwd, activation_fwd, compute_dtype
 from .recompute import kept, remade, remember
@@ -43,8 +43,9 @@ def _norm_backward(ctx, dy, x_dtype, z, statistics, weight, seed, needs, p):
     the first one) and those of the norm's weight and bias and the product's bias."""
     needs_x, *of_rows = needs
     d, dresidual, totals = layer_norm_bwd(
-        dy, z, statistics, weight, ctx.dtype, x_dtype if needs_x else None, of_rows, p, seed
-    )
+        dy, z, statistics, weight, ctx.dtype, x_dtype if needs_x else None, of_rows,
+        one_dtype(*ctx.rows), p, seed,
+    )  # fmt: skip
     total = iter(totals)
     sums = [
         next(total).to(dtype) if n else None for n, dtype in zip(of_rows, ctx.rows, strict=True)
@@ -164,7 +165,7 @@ class _FeedForwardHalf(torch.autograd.Function):
         if pre is None:
             pre = F.linear(x, wide, _as(bias_1, dtype))
         dpre, h, dbias_1 = activation_bwd(
-            d @ weight_2.to(dtype), pre, activation, needs[1], needs[2]
+            d @ weight_2.to(dtype), pre, activation, dtypes[1] if needs[1] else None, needs[2]
         )
         dweight_2 = (d.t() @ h).to(dtypes[2]) if needs[2] else None
         return (

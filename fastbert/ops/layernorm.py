@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import resolve
 from .dropout import check_dropout, dropout_seed
-from .gradient import first_order_only, refuse_seed, wants_gradient
+from .gradient import first_order_only, one_dtype, refuse_seed, wants_gradient
 from .recompute import remember
 from .reference import layer_norm_ref
 from .registry import define
@@ -58,6 +58,7 @@ def _launch_bwd(
     dx_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     sums: list[bool],
+    sums_dtype: torch.dtype,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,17 +66,19 @@ def _launch_bwd(
 
     dx, dresidual, totals = layernorm_bwd(
         dy, z, statistics, weight, dx_dtype=dx_dtype, residual_dtype=residual_dtype, sums=sums,
-        dropout_p=dropout_p, seed=seed,
+        sums_dtype=sums_dtype, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     return dx, dy.new_empty(0) if dresidual is None else dresidual, totals
 
 
-def _bwd_shapes(dy, z, statistics, weight, dx_dtype, residual_dtype, sums, dropout_p, seed):
+def _bwd_shapes(
+    dy, z, statistics, weight, dx_dtype, residual_dtype, sums, sums_dtype, dropout_p, seed
+):  # fmt: skip
     own = residual_dtype is not None and (dropout_p > 0.0 or residual_dtype != dx_dtype)
     return (
         dy.new_empty(dy.shape, dtype=dx_dtype),
         dy.new_empty(dy.shape, dtype=residual_dtype) if own else dy.new_empty(0),
-        dy.new_empty(sum(sums), dy.shape[1], dtype=torch.float32),
+        dy.new_empty(sum(sums), dy.shape[1], dtype=sums_dtype),
     )
 
 
@@ -90,7 +93,8 @@ layer_norm_fwd = define(
 # bias and input_bias that are wanted, one below the other.
 layer_norm_bwd = define(
     "layer_norm_bwd(Tensor dy, Tensor z, Tensor statistics, Tensor? weight, ScalarType dx_dtype, "
-    "ScalarType? residual_dtype, bool[] sums, float dropout_p, Tensor? seed) "
+    "ScalarType? residual_dtype, bool[] sums, ScalarType sums_dtype, float dropout_p, "
+    "Tensor? seed) "
     "-> (Tensor, Tensor, Tensor)",
     _launch_bwd,
     _bwd_shapes,
@@ -123,7 +127,8 @@ class _LayerNorm(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
         dx, dresidual, totals = layer_norm_bwd(
             dy, z, statistics, weight, x_dtype, residual_dtype if need_residual else None,
-            [need_weight, need_bias, need_input_bias], ctx.dropout_p, seed,
+            [need_weight, need_bias, need_input_bias],
+            one_dtype(weight_dtype, bias_dtype, ctx.input_bias_dtype), ctx.dropout_p, seed,
         )  # fmt: skip
         total = iter(totals)
         if need_residual and dresidual.numel() == 0:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gradient import first_order_only
+from .gradient import first_order_only, one_dtype
 from .recompute import kept, remade
 from .registry import define
 
@@ -26,13 +26,11 @@ def _launch(x: Tensor, activation: str) -> Tensor:
 
 
 def _launch_bwd(
-    dy: Tensor, x: Tensor, activation: str, bias_gradient: bool, again: bool
+    dy: Tensor, x: Tensor, activation: str, bias_dtype: torch.dtype | None, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.linear import activation_bwd
 
-    dx, y, dbias = activation_bwd(
-        dy, x, activation=activation, bias_gradient=bias_gradient, again=again
-    )
+    dx, y, dbias = activation_bwd(dy, x, activation=activation, bias_dtype=bias_dtype, again=again)
     return dx, x.new_empty(0) if y is None else y, x.new_empty(0) if dbias is None else dbias
 
 
@@ -42,13 +40,13 @@ activation_fwd = define(
     lambda x, activation: x.new_empty(x.shape),
 )
 activation_bwd = define(
-    "activation_bwd(Tensor dy, Tensor x, str activation, bool bias_gradient, bool again) "
+    "activation_bwd(Tensor dy, Tensor x, str activation, ScalarType? bias_dtype, bool again) "
     "-> (Tensor, Tensor, Tensor)",
     _launch_bwd,
-    lambda dy, x, activation, bias_gradient, again: (
+    lambda dy, x, activation, bias_dtype, again: (
         x.new_empty(x.shape),
         x.new_empty(x.shape if again else 0),
-        x.new_empty(x.shape[1] if bias_gradient else 0, dtype=torch.float32),
+        x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[1], dtype=bias_dtype),
     ),
 )
 
@@ -101,7 +99,8 @@ class _Linear(torch.autograd.Function):
         dbias = None
         if ctx.activation is not None:
             pre = inner[0] if inner else F.linear(x, weight, _joined(biases, dtype))
-            dy, _, dbias = activation_bwd(dy, pre, ctx.activation, need_bias, False)
+            bias_dtype = one_dtype(*(t.dtype for t in biases)) if need_bias else None
+            dy, _, dbias = activation_bwd(dy, pre, ctx.activation, bias_dtype, False)
         elif need_bias:
             dbias = dy.sum(0)
         dx = (dy @ weight).view(ctx.x_shape).to(ctx.x_dtype) if needed[0] else None

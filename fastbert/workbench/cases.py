@@ -397,7 +397,7 @@ def _activation_bwd(case: Case, device: str) -> dict[str, Result]:
         y, dz = with_gradients(lambda z: reference.bias_activation_ref(z, None, activation))(dy, z)
         return [dz, y, dz.sum(0)]
 
-    by_kernel = activation_bwd(dy, z, activation=activation, bias_gradient=True, again=True)
+    by_kernel = activation_bwd(dy, z, activation=activation, bias_dtype=torch.float32, again=True)
     return {
         "linear": Result(actual, specification, (dy, *tensors), None),
         "activation_bwd": Result(by_kernel, backward, (dy, z)),
