@@ -85,8 +85,8 @@ class MaskedLMHead(Head):
             inputs.pop("labels", None), inputs.get("input_ids"), inputs.get("inputs_embeds")
         )
         skip = _skips_logits(self, skip_logits, labels is not None)
-        chosen = _LabelledTokens.of(self, labels) if skip else None
-        outputs, call = self.encode_rows(inputs, labels)
+        chosen = _LabelledTokens.of(self, labels, inputs) if skip else None
+        outputs, call = self.encode_rows(inputs, labels, chosen)
         rows = outputs[0]
         loss = None
         if chosen is not None:
@@ -115,7 +115,10 @@ class MaskedLMHead(Head):
         return rows
 
     def encode_rows(
-        self, inputs: dict[str, Any], labels: Tensor | None
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None = None,
+        chosen: _LabelledTokens | None = None,
     ) -> tuple[ModelOutput, Call | None]:
         """The output of the base model with packed rows as its hidden state, and how they are
         packed.
@@ -127,7 +130,10 @@ class MaskedLMHead(Head):
         foreign = [type(m).__name__ for m in self.head_modules if not known.row_wise(m)]
         if foreign:
             say_once(f"computes padding for a head that it does not know ({foreign[0]})")
-        on_padding = labels_on_padding(labels, inputs.get("attention_mask"))
+        if chosen is None:
+            on_padding = labels_on_padding(labels, inputs.get("attention_mask"))
+        else:
+            on_padding = chosen.on_padding
         with requesting(
             encoder,
             rows=not foreign and not known.user_hook(encoder),
@@ -166,7 +172,7 @@ class MaskedLMHead(Head):
                 logits = self(**inputs, return_dict=True).logits
                 batch = _sequences(inputs, logits)
                 return splade_ref(batch.pack(logits), batch.lengths, pooling, activation)
-            outputs, call = self.encode_rows(inputs, None)
+            outputs, call = self.encode_rows(inputs)
             rows = outputs[0]
             batch = None if call is None else call.batch
             if not isinstance(batch, PackedBatch):
@@ -201,8 +207,8 @@ class PreTrainingHead(MaskedLMHead):
         )
         wants_loss = labels is not None and next_label is not None
         skip = _skips_logits(self, skip_logits, wants_loss)
-        chosen = _LabelledTokens.of(self, labels) if skip else None
-        outputs, call = self.encode_rows(inputs, labels)
+        chosen = _LabelledTokens.of(self, labels, inputs) if skip else None
+        outputs, call = self.encode_rows(inputs, labels, chosen)
         rows, pooled = outputs[:2]
         if chosen is None:
             scores, relation = self.cls(rows, pooled)
@@ -279,17 +285,24 @@ class _LabelledTokens:
 
     Attributes:
         count: how many there are.
+        on_padding: whether one is padding.
         decoder: the product with the vocabulary.
         correct: how many of them are right, once the loss is known.
     """
 
-    def __init__(self, model: MaskedLMHead, slots: Tensor, labels: Tensor):
+    def __init__(self, model: MaskedLMHead, slots: Tensor, labels: Tensor, on_padding: bool):
         self.slots, self.labels, self.count = slots, labels, labels.shape[0]
+        self.on_padding = on_padding
         self.model, self.decoder = model, attrgetter(model.vocabulary.decoder)(model)
 
     @classmethod
-    def of(cls, model: MaskedLMHead, labels: Tensor) -> _LabelledTokens | None:
+    def of(
+        cls, model: MaskedLMHead, labels: Tensor, inputs: dict[str, Any]
+    ) -> _LabelledTokens | None:
         """What has a label, before anything is computed; None where the whole head has to run.
+
+        Args:
+            inputs: of the call.
 
         Raises:
             ValueError: a label outside the vocabulary.
@@ -297,8 +310,10 @@ class _LabelledTokens:
         decoder = _decoder(model)
         if decoder is None:
             return None
-        weight = decoder.weight
-        return cls(model, *labelled_rows(labels.to(weight.device), weight.shape[0]))
+        weight, mask = decoder.weight, inputs.get("attention_mask")
+        mask = None if mask is None or mask.shape != labels.shape else mask
+        labels = labels.to(weight.device)
+        return cls(model, *labelled_rows(labels, weight.shape[0], mask=mask))
 
     def loss(self, rows: Tensor, call: Call | None, num_items: int | Tensor | None) -> Tensor:
         """From the hidden states, packed or padded."""

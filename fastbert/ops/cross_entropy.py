@@ -8,6 +8,8 @@ gradient is a factor that can be applied later.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,27 +156,45 @@ def _gradients_to_differentiate(x, weight, bias, labels, ctx, upstream) -> list[
     return [next(grads) if need else None for need in ctx.needs_input_grad[:3]]
 
 
-def labelled_rows(
-    labels: Tensor, num_classes: int, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Which rows have a label, and their labels, int64 ``[N]`` each.
+class Labelled(NamedTuple):
+    """Which rows have a label, their labels, int64 ``[N]`` each, and whether one is padding."""
 
-    On a GPU this waits for what is queued there: ask before the work that the rows come from.
+    rows: Tensor
+    labels: Tensor
+    on_padding: bool
+
+
+def labelled_rows(
+    labels: Tensor, num_classes: int, ignore_index: int = -100, mask: Tensor | None = None
+) -> Labelled:
+    """What has a label.
+
+    On a GPU this waits, once, for what is queued there: ask before the work that the rows come
+    from.
+
+    Args:
+        mask: as many as labels, 0 for padding.
 
     Raises:
         ValueError: a label that is neither a class nor ``ignore_index``.
     """
     labels = labels.reshape(-1)
-    rows = (labels != ignore_index).nonzero().flatten()
+    labelled = labels != ignore_index
+    if not labels.numel():
+        return Labelled(labels, labels, False)
+    facts = [labelled.sum(), *labels.where(labelled, 0).aminmax()]
+    if mask is not None:
+        facts.append((labelled & (mask.reshape(-1).to(labels.device) == 0)).any())
+    count, low, high, *on_padding = torch.stack(facts).tolist()
+    rows = labelled.nonzero_static(size=count).flatten()  # nonzero() would ask for the count again
     labels = labels[rows]
-    if rows.numel():
+    if low < 0 or high >= num_classes:
         low, high = torch.stack(labels.aminmax()).tolist()
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"labels: expected values from 0 to {num_classes - 1}, or {ignore_index} for what "
-                f"has none, got values from {low} to {high}"
-            )
-    return rows, labels
+        raise ValueError(
+            f"labels: expected values from 0 to {num_classes - 1}, or {ignore_index} for what "
+            f"has none, got values from {low} to {high}"
+        )
+    return Labelled(rows, labels, any(on_padding))
 
 
 def summed_cross_entropy(
@@ -256,7 +276,7 @@ def linear_cross_entropy(
         )  # fmt: skip
         count = (labels != ignore_index).sum()
     else:
-        rows, chosen = labelled_rows(labels, weight.shape[0], ignore_index)
+        rows, chosen, _ = labelled_rows(labels, weight.shape[0], ignore_index)
         if rows.shape[0] < x.shape[0]:
             x = x[rows]
         total, _ = summed_cross_entropy(x, weight, bias, chosen, label_smoothing)
