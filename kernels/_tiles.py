@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import torch
@@ -114,12 +115,29 @@ def _choose(slot: str, arch: int, tile):
     return dataclasses.replace(tile, **fields) if fields else tile
 
 
+_remembered: list[Callable] = []
+
+
+def _remember(choose: Callable) -> Callable:
+    """Decorator of a function that chooses a tile by few values, in every launch."""
+    kept = lru_cache(maxsize=4096)(choose)
+    _remembered.append(kept)
+
+    @wraps(choose)
+    def chosen(*args, **named):
+        # A compiler cannot look into what is kept.
+        return (choose if torch.compiler.is_compiling() else kept)(*args, **named)
+
+    return chosen
+
+
 @contextmanager
 def tuned(arch: int, slot: str, fields: dict[str, int]) -> Iterator[None]:
     """Use these fields for a slot within a block: for the tuner."""
     table = _tuned.setdefault(f"sm_{arch}", {})
     before = table.get(slot)
     table[slot] = fields
+    _forget()
     try:
         yield
     finally:
@@ -127,6 +145,12 @@ def tuned(arch: int, slot: str, fields: dict[str, int]) -> Iterator[None]:
             del table[slot]
         else:
             table[slot] = before
+        _forget()
+
+
+def _forget() -> None:
+    for kept in _remembered:
+        kept.cache_clear()
 
 
 def cdiv(n: int, by: int) -> int:
@@ -186,6 +210,7 @@ _ATTENTION_FP32: dict[int, _Tiles] = {
 }
 
 
+@_remember
 def attention_tile(
     *,
     head_dim: int,
@@ -293,6 +318,7 @@ _ATTENTION_BWD_FP32: dict[bool, _BwdTiles] = {
 }
 
 
+@_remember
 def attention_bwd_tiles(
     *,
     head_dim: int,
@@ -353,6 +379,7 @@ def attention_bwd_tiles_of(
     return list(dict.fromkeys(getattr(tiles, part) for tiles in found))
 
 
+@_remember
 def gemm_tile(*, m: int, dtype: torch.dtype, arch: int) -> GemmTile:
     """The tile of the product with a fused activation."""
     if dtype.itemsize != 2:
@@ -372,6 +399,7 @@ def linear_route(*, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> st
     return "library"
 
 
+@_remember
 def layernorm_tile(width: int, arch: int) -> RowTile:
     """A program per row of a wide model, several rows of a narrow one."""
     block_n = next_power_of_2(width)
@@ -380,6 +408,7 @@ def layernorm_tile(width: int, arch: int) -> RowTile:
     return _choose(f"layernorm {block_n}", arch, RowTile(rows, block_n, num_warps))
 
 
+@_remember
 def layernorm_bwd_tile(width: int, arch: int) -> RowTile:
     """About 1024 values a step: three sums of the width of a row stay in registers too."""
     block_n = next_power_of_2(width)
@@ -388,6 +417,7 @@ def layernorm_bwd_tile(width: int, arch: int) -> RowTile:
     return _choose(f"layernorm backward {block_n}", arch, tile)
 
 
+@_remember
 def softmax_tile(width: int, arch: int) -> RowTile:
     """Several short rows a program, one long row."""
     block_n = max(16, next_power_of_2(width))
@@ -396,6 +426,7 @@ def softmax_tile(width: int, arch: int) -> RowTile:
     return _choose(f"softmax {block_n}", arch, tile)
 
 
+@_remember
 def cross_entropy_tile(width: int, arch: int) -> RowTile:
     """One row a program, in strips."""
     block_n = min(4096, next_power_of_2(width))
@@ -405,6 +436,7 @@ def cross_entropy_tile(width: int, arch: int) -> RowTile:
     return _choose(f"cross entropy {block_n}", arch, RowTile(1, block_n, num_warps))
 
 
+@_remember
 def bias_activation_tile(width: int, arch: int) -> RowTile:
     """A strip of one row per program; wide rows take several strips."""
     block_n = min(1024, next_power_of_2(width))

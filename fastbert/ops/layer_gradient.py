@@ -198,7 +198,6 @@ def takes_attention_half(
         and head_size <= MAX_HEAD_SIZE
         and scale > 0
         and (dropout_p == 0.0 or batch.max_seqlen <= MAX_DROPOUT_LENGTH)
-        and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in tensors))
     )
 
 
