@@ -6,6 +6,7 @@ python -m fastbert.benchmarks.readme --check    # exit code 1 if a table is stal
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -41,15 +42,17 @@ _NOT_MEASURED = {
     "cuda": "Not measured yet. The kernels are compiled and screened for registers, spills, "
     "shared memory and\nmatrix instructions, and their results are tested; no figure for a GPU is "
     "claimed.",
+    "host": "Not measured yet.",
 }
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
     """README text with its tables made from the newest result file of each kind of device."""
-    for kind in ("cpu", "cuda"):
+    for kind in ("cpu", "cuda", "host"):
         block = re.compile(rf"(<!-- {kind}-table:begin -->\n).*?(<!-- {kind}-table:end -->)", re.S)
-        files = sorted(results.glob(f"{kind}-*.json"))
-        body = _tables(files[-1]) if files else _NOT_MEASURED[kind]
+        files = sorted(results.glob(f"{kind}-*.json*"))
+        written = _host_table if kind == "host" else _tables
+        body = written(files[-1]) if files else _NOT_MEASURED[kind]
         text, count = block.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
         assert count == 1, f"README.md has no place for the {kind} table"
     return text
@@ -99,6 +102,26 @@ def _tables(path: Path) -> str:
     targets = ["| " + " | ".join(TARGET_HEADER) + " |", "|---" * len(TARGET_HEADER) + "|"]
     targets += ["| " + " | ".join(row) + " |" for row in target_rows(judge(results))]
     return "\n".join([*lines, *traced, "", caption, "", *targets])
+
+
+def _host_table(path: Path) -> str:
+    """Of what ``fastbert kernels host --json`` printed, a line a call."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = ["| call | host | each layer | it launches: kernels, products, other | waits |"]
+    lines.append("|---" * 5 + "|")
+    for row in rows:
+        counts = [sum(row[kind].values()) for kind in ("layer_launches", "layer_operations")]
+        counts.insert(1, row["layer_products"])
+        lines.append(
+            f"| {row['what']} | {1e3 * row['seconds']:.2f} ms | {1e6 * row['layer_seconds']:.0f} us "
+            f"| {', '.join(map(str, counts))} | {row['waits']} |"
+        )
+    m = rows[0]["machine"]
+    caption = (
+        f"{m['device']}, python {m['python']}, torch {m['torch']}, triton {m['triton']}; "
+        f"{m['date']}, `benchmarks/results/{path.name}`."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def main() -> int:

@@ -6,12 +6,14 @@ import logging
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from test_plan import CHANGES
 from tiny import pair, tiny_config
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
 from fastbert.encoder import bucket_of
@@ -310,6 +312,33 @@ def test_operators_that_compute_something_else_are_found_out(monkeypatch):
                     onednn.available()
             else:
                 assert not onednn.available()
+    assert onednn.available()
+
+
+@pytest.mark.parametrize("surroundings", ["autocast", "fp64", "meta", "flops"])
+def test_operators_are_tried_the_same_whatever_surrounds_the_first_call(surroundings, monkeypatch):
+    """The trial is part of somebody's first call, and of nothing that he has set up around it."""
+    monkeypatch.setattr(onednn, "_known", {})
+    weight, x = torch.randn(16, 32), torch.randn(5, 32)
+    expected = torch.nn.functional.linear(x, weight)
+    if surroundings == "fp64":
+        torch.set_default_dtype(torch.float64)
+    around = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "fp64": nullcontext,
+        "meta": lambda: torch.device("meta"),
+        "flops": lambda: FlopCounterMode(display=False),
+    }[surroundings]
+    try:
+        with around() as watching, torch.no_grad():
+            found = fastbert.ops.linear(x, weight)
+            if surroundings == "autocast":
+                fastbert.BertModel(tiny_config()).eval()(torch.tensor([[1, 2, 3]]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(found.float(), expected, atol=1e-4 if surroundings != "autocast" else 0.1)
+    if surroundings == "flops":
+        assert watching.get_total_flops() == 2 * 5 * 16 * 32
     assert onednn.available()
 
 

@@ -14,35 +14,35 @@ import json, sys, torch
 torch.set_num_threads(1)
 from fastbert.workbench import host
 options = {"model": "minilm", "layers": 3, "batch": 2, "length": 32, "calls": 2}
-found = [host.measure(kind, padded=padded, **options).facts()
-         for kind in host.KINDS for padded in (False, True)]
-print(json.dumps(found))
+calls = (arg.split() for arg in sys.argv[1:])
+print(json.dumps([host.measure(kind, **dict.fromkeys(asked, True), **options).facts()
+                  for kind, *asked in calls]))
 """
+CALLS = ("forward", "forward padded", "training", "training padded", "training autocast")
 
 
 @pytest.fixture(scope="module")
-def costs() -> dict[tuple[str, bool], dict]:
-    done = forked(MEASURE)
+def costs() -> dict[str, dict]:
+    done = forked(MEASURE, *CALLS)
     assert done.returncode == 0, done.stderr
-    kinds = [(kind, padded) for kind in ("forward", "training") for padded in (False, True)]
-    return dict(zip(kinds, json.loads(done.stdout), strict=True))
+    return dict(zip(CALLS, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_forward(costs, padded):
-    found = costs["forward", padded]
+@pytest.mark.parametrize("call", CALLS[:2])
+def test_forward(costs, call):
+    found = costs[call]
     assert found["layer_launches"] == {
         "_attention_fwd_kernel": 1, "_bias_activation_fwd_kernel": 1, "_layernorm_fwd_kernel": 2,
     }  # fmt: skip
     assert sum(found["launches"].values()) == 1 + 4 * found["layers"]
     assert (found["products"], found["layer_products"]) == (6 * found["layers"], 6)
     assert found["layer_operations"] == {}
-    assert found["waits"] == (1 if padded else 0), "for the lengths, and for nothing else"
+    assert found["waits"] == ("padded" in call), "for the lengths, and for nothing else"
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_training(costs, padded):
-    found = costs["training", padded]
+@pytest.mark.parametrize("call", CALLS[2:])
+def test_training(costs, call):
+    found = costs[call]
     assert found["layer_launches"] == {
         "_attention_fwd_kernel": 1, "_attention_bwd_kernel_whole": 1,
         "_bias_activation_fwd_kernel": 1, "_activation_bwd_kernel": 1,
@@ -50,8 +50,10 @@ def test_training(costs, padded):
         "_column_sums_kernel": 3,
     }  # fmt: skip
     assert found["layer_products"] == 12
-    assert found["layer_operations"] == {"cat": 3, "randint": 3, "sum": 1}
-    assert found["waits"] == (2 if padded else 1), "for the labels and for the lengths"
+    # Weights are joined again in backward, unless they were converted.
+    joined = {"cat": 2, "copy_": 13, "add_": 2} if "autocast" in call else {"cat": 3}
+    assert found["layer_operations"] == {"randint": 3, "sum": 1, **joined}
+    assert found["waits"] == 1 + ("padded" in call), "for the labels and for the lengths"
 
 
 def test_times_are_of_the_parts(costs):

@@ -17,7 +17,7 @@ from .attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE, run_varlen, ru
 from .dropout import dropout_seed
 from .gradient import first_order_only, one_dtype, trains_on_kernels
 from .layernorm import layer_norm_bwd, layer_norm_fwd, norm_dtype
-from .linear_gradient import activation_bwd, activation_fwd, compute_dtype
+from .linear_gradient import activation_bwd, activation_fwd, compute_dtype, split_gradient
 from .recompute import kept, remade, remember
 
 __all__ = ["attention_half", "feed_forward_half", "of_one_dtype", "takes_attention_half"]
@@ -29,6 +29,12 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
+
+
+def _for_backward(parts: tuple[Tensor, ...], joined: Tensor) -> tuple[Tensor | None, ...]:
+    """What is kept of weights that were joined: themselves, to be joined again, since they are kept
+    anyway; or what was made of them where that took a conversion, as autocast does."""
+    return parts if parts[0].dtype == joined.dtype else (joined, None, None)
 
 
 def _add_product_(residual: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -63,17 +69,19 @@ class _AttentionHalf(torch.autograd.Function):
         )  # fmt: skip
         head_size, scale, attention_p, eps, dropout_p, out_dtype = options
         dtype = compute_dtype(x)
-        qkv = F.linear(x.to(dtype), torch.cat(weights).to(dtype), torch.cat(biases).to(dtype))
+        joined, weight = torch.cat(weights).to(dtype), weight.to(dtype)
+        qkv = F.linear(x.to(dtype), joined, torch.cat(biases).to(dtype))
         qkv = qkv.unflatten(-1, (3, -1, head_size))
         context, lse = run_varlen(*qkv.unbind(1), batch, batch, scale, attention_p, seeds[0])
-        inner = F.linear(context.flatten(1), weight.to(dtype))
+        inner = F.linear(context.flatten(1), weight)
         y, z, statistics = layer_norm_fwd(
             inner, norm_weight, norm_bias, eps, x, bias, dropout_p, seeds[1], True, out_dtype
         )
         source = kept(x) if any(ctx.needs_input_grad[4:7]) else ()
         ctx.save_for_backward(
-            *weights, weight, norm_weight, qkv, context, lse, z, statistics, *seeds, *source
-        )
+            weight, norm_weight, qkv, context, lse, z, statistics, *seeds,
+            *_for_backward(weights, joined), *source,
+        )  # fmt: skip
         ctx.batch, ctx.options, ctx.dtype, ctx.x_dtype = batch, options, dtype, x.dtype
         ctx.parts = [t.shape[0] for t in weights]
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
@@ -87,8 +95,8 @@ class _AttentionHalf(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, *unused):
         if dy is None:
             return (None,) * 14
-        wq, wk, wv, weight, norm_weight, qkv, context, lse, z, statistics, *rest = ctx.saved_tensors
-        attention_seed, seed, *source = rest
+        weight, norm_weight, qkv, context, lse, z, statistics, *rest = ctx.saved_tensors
+        attention_seed, seed, wq, wk, wv, *source = rest
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         _, scale, attention_p, _, dropout_p, _ = ctx.options
         dtype, dtypes = ctx.dtype, ctx.dtypes
@@ -96,27 +104,25 @@ class _AttentionHalf(torch.autograd.Function):
             ctx, dy, ctx.x_dtype, z, statistics, norm_weight, seed,
             (need_x, needs[8], needs[9], needs[7]), dropout_p,
         )  # fmt: skip
-        dweight = (d.t() @ context.flatten(1)).to(dtypes[6]) if needs[6] else None
+        dout = (d.t() @ context.flatten(1)).to(dtypes[6]) if needs[6] else None
         dweights = dbiases = (None,) * 3
         if need_x or any(needs[:6]):
-            dcontext = (d @ weight.to(dtype)).view(context.shape)
+            dcontext = (d @ weight).view(context.shape)
             (dqkv, *_) = run_varlen_bwd(
                 dcontext, *qkv.unbind(1), context, lse, ctx.batch, ctx.batch, scale, attention_p,
                 attention_seed, True,
             )  # fmt: skip
             dqkv = dqkv.flatten(1)
             if any(needs[:3]):
-                dweights = (dqkv.t() @ remade(tuple(source), dtype)).split(ctx.parts)
+                dweight = dqkv.t() @ remade(tuple(source), dtype)
+                dweights = split_gradient(dweight, ctx.parts, dtypes[:3], needs[:3])
             if any(needs[3:6]):
-                dbiases = dqkv.sum(0).split(ctx.parts)
+                dbiases = split_gradient(dqkv.sum(0), ctx.parts, dtypes[3:6], needs[3:6])
             if need_x:
-                dx = _add_product_(dx, dqkv, torch.cat((wq, wk, wv)).to(dtype))
-        of_qkv = (
-            g.to(kind) if needed else None
-            for g, kind, needed in zip((*dweights, *dbiases), dtypes, needs, strict=False)
-        )
+                dx = _add_product_(dx, dqkv, wq if wk is None else torch.cat((wq, wk, wv)))
         return (
-            dx if need_x else None, *(None,) * 3, *of_qkv, dweight, dbias, dnorm_weight, dnorm_bias,
+            dx if need_x else None, *(None,) * 3, *dweights, *dbiases, dout, dbias, dnorm_weight,
+            dnorm_bias,
         )  # fmt: skip
 
 
@@ -128,8 +134,9 @@ class _FeedForwardHalf(torch.autograd.Function):
         weight_1, bias_1, weight_2, bias_2, norm_weight, norm_bias = tensors
         activation, recompute, eps, dropout_p, out_dtype = options
         dtype = compute_dtype(x)
-        pre = F.linear(x.to(dtype), weight_1.to(dtype), _as(bias_1, dtype))
-        inner = F.linear(activation_fwd(pre, activation), weight_2.to(dtype))
+        weight_1, weight_2 = weight_1.to(dtype), weight_2.to(dtype)
+        pre = F.linear(x.to(dtype), weight_1, _as(bias_1, dtype))
+        inner = F.linear(activation_fwd(pre, activation), weight_2)
         y, z, statistics = layer_norm_fwd(
             inner, norm_weight, norm_bias, eps, x, bias_2, dropout_p, seed, True, out_dtype
         )
@@ -161,15 +168,16 @@ class _FeedForwardHalf(torch.autograd.Function):
             (need_x, needs[4], needs[5], needs[3]), dropout_p,
         )  # fmt: skip
         x = remade(tuple(source), dtype) if source else None
-        wide = weight_1.to(dtype)
         if pre is None:
-            pre = F.linear(x, wide, _as(bias_1, dtype))
+            pre = F.linear(x, weight_1, _as(bias_1, dtype))
         dpre, h, dbias_1 = activation_bwd(
-            d @ weight_2.to(dtype), pre, activation, dtypes[1] if needs[1] else None, needs[2]
+            d @ weight_2, pre, activation, dtypes[1] if needs[1] else None, needs[2]
         )
         dweight_2 = (d.t() @ h).to(dtypes[2]) if needs[2] else None
         return (
-            _add_product_(dx, dpre, wide) if need_x else None,  # d may be dx: it was read before
+            _add_product_(dx, dpre, weight_1)
+            if need_x
+            else None,  # d may be dx: it was read before
             None,
             None,
             (dpre.t() @ x).to(dtypes[0]) if needs[0] else None,

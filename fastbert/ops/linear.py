@@ -348,10 +348,10 @@ def rows_on_onednn(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         and plain_on_cpu(x)
         and x.dim() >= 2
         and x.numel() > 0
-        and onednn.available(x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and resolve(x.device) == "torch"
         and not watched()
+        and onednn.available(x.dtype)
     )
 
 

@@ -8,6 +8,8 @@ activation behind it keeps what enters the activation. No product is computed tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,9 @@ from .gradient import first_order_only, one_dtype
 from .recompute import kept, remade
 from .registry import define
 
-__all__ = ["activation_bwd", "activation_fwd", "compute_dtype", "linear_function"]
+__all__ = [
+    "activation_bwd", "activation_fwd", "compute_dtype", "linear_function", "split_gradient",
+]  # fmt: skip
 
 
 def _launch(x: Tensor, activation: str) -> Tensor:
@@ -64,9 +68,12 @@ def _joined(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor | 
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
 
 
-def _split(gradient: Tensor, like: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list:
-    parts = gradient.split([t.shape[0] for t in like])
-    return [g.to(t.dtype) if n else None for g, t, n in zip(parts, like, needed, strict=True)]
+def split_gradient(
+    gradient: Tensor, sizes: list[int], dtypes: Sequence[torch.dtype], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of parameters that were joined, as one for each that wants it, in its dtype."""
+    parts = gradient.to(one_dtype(*dtypes)).split(sizes)
+    return [g.to(t) if n else None for g, t, n in zip(parts, dtypes, needed, strict=True)]
 
 
 class _Linear(torch.autograd.Function):
@@ -105,10 +112,13 @@ class _Linear(torch.autograd.Function):
             dbias = dy.sum(0)
         dx = (dy @ weight).view(ctx.x_shape).to(ctx.x_dtype) if needed[0] else None
         dweights = dbiases = (None,) * count
+        sizes = [t.shape[0] for t in weights]
         if need_weight:
-            dweights = _split(dy.t() @ x, weights, needed[5 : 5 + count])
+            dweights = split_gradient(
+                dy.t() @ x, sizes, [t.dtype for t in weights], needed[5 : 5 + count]
+            )
         if need_bias:
-            dbiases = _split(dbias, biases, needed[5 + count :])
+            dbiases = split_gradient(dbias, sizes, [t.dtype for t in biases], needed[5 + count :])
         return dx, *(None,) * 4, *dweights, *dbiases
 
 

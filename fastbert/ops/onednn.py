@@ -67,9 +67,11 @@ def packed(weight: Tensor, rows: int = 128) -> Tensor:
 
 
 def _works(dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever somebody has as a default
     x, weight, bias, residual = (
-        torch.randn(*shape, generator=generator) for shape in ((5, 32), (16, 32), (16,), (5, 16))
+        torch.randn(*shape, generator=generator, **plain)
+        for shape in ((5, 32), (16, 32), (16,), (5, 16))
     )
     total = F.linear(x, weight, bias)
     expected = (total, F.gelu(total), F.relu(total), total + residual)
