@@ -113,7 +113,8 @@ def _host_table(path: Path) -> str:
         counts = [sum(row[kind].values()) for kind in ("layer_launches", "layer_operations")]
         counts.insert(1, row["layer_products"])
         lines.append(
-            f"| {row['what']} | {1e3 * row['seconds']:.2f} ms | {1e6 * row['layer_seconds']:.0f} us "
+            f"| {row['what']} | {1e3 * row['seconds']:.2f} ms "
+            f"| {1e6 * row['layer_seconds']:.0f} us "
             f"| {', '.join(map(str, counts))} | {row['waits']} |"
         )
     m = rows[0]["machine"]
