@@ -21,11 +21,13 @@ class SMLimits:
     programs: int
     shared: int  # bytes
     shared_per_program: int  # bytes, most that one program may ask for
+    fp32_lanes: int = 128  # fp32 operations of a clock; it starts 128 of all kinds
+    special_lanes: int = 16  # of exponentials and the like
 
 
 _KIB = 1024
 LIMITS = {
-    80: SMLimits(65536, 64, 32, 164 * _KIB, 163 * _KIB),
+    80: SMLimits(65536, 64, 32, 164 * _KIB, 163 * _KIB, fp32_lanes=64),
     86: SMLimits(65536, 48, 16, 100 * _KIB, 99 * _KIB),
     89: SMLimits(65536, 48, 24, 100 * _KIB, 99 * _KIB),
     90: SMLimits(65536, 64, 32, 228 * _KIB, 227 * _KIB),
@@ -45,6 +47,12 @@ class Card:
     matmul_tf32: float
     fp32: float
     bandwidth: float
+
+    @property
+    def lane_clocks(self) -> float:
+        """Instructions of one lane that all multiprocessors could start in a second, one a clock,
+        at the clock that its fp32 rate is of."""
+        return 1e12 * self.fp32 / 2 / LIMITS[self.arch].fp32_lanes
 
 
 CARDS = (

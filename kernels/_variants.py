@@ -56,6 +56,7 @@ class Variant:
         elements: values of ``element`` that one program handles in a step of its inner loop, or in
             all if it has no loop.
         example, cost: a typical problem in words, and its least work.
+        count: elements in it, those that pad tiles included.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Variant:
     element: str
     example: str
     cost: Cost
+    count: float
 
     @property
     def num_warps(self) -> int:
@@ -120,7 +122,13 @@ def _variant(
         element=elements[1],
         example=example[0],
         cost=example[1],
+        count=float(example[2]),
     )
+
+
+def _up(size: int, block: int) -> int:
+    """The multiple of a block that holds this size."""
+    return -(-size // block) * block
 
 
 def _changed(tiles: list[Tile], fields: dict[str, int]) -> list[Tile]:
@@ -178,10 +186,11 @@ def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
                 label = f"D{head_dim} {tile.block_m}x{tile.block_n} {step} {form}"
                 length = min(tile.block_n, 128) if tile.single else 512
                 cost = _cost.attention_cost([length] * 64, 12, head_dim, dtype.itemsize)
+                count = 64 * 12 * _up(length, tile.block_m) * _up(length, tile.block_n)
                 yield _variant(
                     attention._attention_fwd_kernel, label, arch, dtype, {**tensors, **extra},
                     none, constants, tile, (tile.block_m * tile.block_n, "score"),
-                    (f"64 sequences of {length}, 12 heads", cost), has_dot=True,
+                    (f"64 sequences of {length}, 12 heads", cost, count), has_dot=True,
                 )  # fmt: skip
 
 
@@ -215,12 +224,13 @@ def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     pointers = {**tensors, **extra, "dbias_ptr": "*fp32"}
                     length = tile.block_m if part == "whole" else 512
                     cost = _cost.attention_bwd_cost([length] * 64, 12, head_dim, dtype.itemsize)
+                    count = 64 * 12 * _up(length, tile.block_m) * _up(length, tile.block_n)
                     yield _variant(
                         kernel, f"D{head_dim} {tile.block_m}x{tile.block_n} {form}", arch, dtype,
                         {n: t for n, t in pointers.items() if n in names},
                         [n for n in none if n in names],
                         constants, tile, (tile.block_m * tile.block_n, "score"),
-                        (f"64 sequences of {length}, 12 heads, all of backward", cost),
+                        (f"64 sequences of {length}, 12 heads, all of backward", cost, count),
                         has_dot=True,
                     )  # fmt: skip
 
@@ -248,7 +258,7 @@ def _layernorm(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
                 yield _variant(
                     layernorm._layernorm_fwd_kernel, f"N{width} {form}", arch, dtype, given,
                     none, constants, tile, (tile.rows * tile.block_n, "value"),
-                    (f"{_ROWS} rows of {width}", cost),
+                    (f"{_ROWS} rows of {width}", cost, _ROWS * tile.block_n),
                 )  # fmt: skip
 
 
@@ -274,14 +284,15 @@ def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                 yield _variant(
                     layernorm._layernorm_bwd_kernel, f"N{width} {form}", arch, dtype,
                     {**tensors, **extra}, none, constants, tile, work,
-                    (f"{_ROWS} rows of {width}", cost),
+                    (f"{_ROWS} rows of {width}", cost, _ROWS * tile.block_n),
                 )  # fmt: skip
         yield _variant(
             _sums._column_sums_kernel, f"N{width}", arch, dtype,
             {"out_ptr": None, "shares_ptr": "*fp32"}, (),
             {"N": width, "ROWS": _sums.ROWS, "BLOCK_N": _sums.BLOCK_N},
             RowTile(_sums.ROWS, _sums.BLOCK_N, 4), (_sums.ROWS * _sums.BLOCK_N, "value"),
-            (f"1056 shares of {width}", _cost.rows_cost(1056, width, 4, 1)),
+            (f"1056 shares of {width}", _cost.rows_cost(1056, width, 4, 1),
+             _up(1056, _sums.ROWS) * _up(width, _sums.BLOCK_N)),
         )  # fmt: skip
         for tile in _changed([layernorm_tile(width, arch)], fields):
             yield _variant(
@@ -289,7 +300,8 @@ def _layernorm_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                 {**dict.fromkeys(("y_ptr", "z_ptr", "weight_ptr", "bias_ptr")), **statistics}, (),
                 {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}, tile,
                 (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} rows of {width}", _cost.layernorm_cost(_ROWS, width, dtype.itemsize)),
+                (f"{_ROWS} rows of {width}", _cost.layernorm_cost(_ROWS, width, dtype.itemsize),
+                 _ROWS * tile.block_n),
             )  # fmt: skip
 
 
@@ -306,7 +318,8 @@ def _embedding(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
                     embedding._embedding_fwd_kernel, f"N{width}{form}", arch, dtype,
                     {**tensors, "z_ptr": None}, none, constants,
                     tile, (tile.rows * tile.block_n, "value"),
-                    (f"{_ROWS} tokens", _cost.embedding_cost(_ROWS, width, dtype.itemsize)),
+                    (f"{_ROWS} tokens", _cost.embedding_cost(_ROWS, width, dtype.itemsize),
+                     _ROWS * tile.block_n),
                 )  # fmt: skip
 
 
@@ -322,7 +335,7 @@ def _softmax(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[
                     {**tensors, "mask_ptr": kind}, (), {**constants, "IS_BOOL": is_bool}, tile,
                     (tile.rows * tile.block_n, "value"),
                     (f"{_ROWS} rows of {width}",
-                     _cost.rows_cost(_ROWS, width, dtype.itemsize, 2)),
+                     _cost.rows_cost(_ROWS, width, dtype.itemsize, 2), _ROWS * tile.block_n),
                 )  # fmt: skip
 
 
@@ -334,7 +347,8 @@ def _softmax_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Itera
                 dict.fromkeys(("dx_ptr", "dy_ptr", "y_ptr")), (),
                 {"ROWS": tile.rows, "BLOCK_N": tile.block_n}, tile,
                 (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} rows of {width}", _cost.rows_cost(_ROWS, width, dtype.itemsize, 3)),
+                (f"{_ROWS} rows of {width}", _cost.rows_cost(_ROWS, width, dtype.itemsize, 3),
+                 _ROWS * tile.block_n),
             )  # fmt: skip
 
 
@@ -354,7 +368,8 @@ def _linear(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[V
             yield _variant(
                 linear._linear_fwd_kernel, label, arch, dtype, tensors, (), constants, tile,
                 (tile.block_m * tile.block_n * tile.block_k, "multiply-add"),
-                (f"[{m}, 768] x [768, 3072]", _cost.linear_cost(m, 3072, 768, dtype.itemsize)),
+                (f"[{m}, 768] x [768, 3072]", _cost.linear_cost(m, 3072, 768, dtype.itemsize),
+                 _up(m, tile.block_m) * 3072 * 768),
                 has_dot=True,
             )  # fmt: skip
 
@@ -370,7 +385,8 @@ def _bias_activation(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> I
             yield _variant(
                 linear._bias_activation_fwd_kernel, activation, arch, dtype, tensors, (),
                 constants, tile, (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 2)),
+                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 2),
+                 _ROWS * _up(3072, tile.block_n)),
             )  # fmt: skip
 
 
@@ -385,7 +401,8 @@ def _activation_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> It
             yield _variant(
                 linear._activation_bwd_kernel, activation, arch, dtype, tensors, (),
                 constants, tile, (tile.rows * tile.block_n, "value"),
-                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 4)),
+                (f"{_ROWS} rows of 3072", _cost.rows_cost(_ROWS, 3072, dtype.itemsize, 4),
+                 _ROWS * _up(3072, tile.block_n)),
             )  # fmt: skip
 
 
@@ -402,7 +419,8 @@ def _cross_entropy(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     cross_entropy._cross_entropy_kernel,
                     f"V{width} {'with' if gradient else 'without'} gradient", arch, dtype, tensors,
                     (), {**constants, "GRADIENT": gradient, "BLOCK_N": tile.block_n}, tile,
-                    (tile.block_n, "value"), (f"1024 rows of {width}", cost),
+                    (tile.block_n, "value"),
+                    (f"1024 rows of {width}", cost, 1024 * _up(padded, tile.block_n)),
                 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def hoard(y_ptr, x_ptr, N: tl.constexpr):
 
 def variant(kernel, signature, constants, warps, elements):
     return Variant("known", kernel, 80, torch.float32, signature, constants,
-                   RowTile(1, constants["N"], warps), False, elements, "value", "", Cost(0.0, 1.0))
+                   RowTile(1, constants["N"], warps), False, elements, "value", "",
+                   Cost(0.0, 1.0), 1.0)
 
 pointers = {"y_ptr": "*fp32", "x_ptr": "*fp32"}
 out = [
@@ -98,6 +100,40 @@ def known(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_seconds_of_each_unit_are_those_of_its_rate():
+    from fastbert.kernels._cost import Cost
+
+    from fastbert.workbench.inspection import Inspection
+
+    (card,) = (c for c in CARDS if c.name == "H100 SXM")
+    assert round(card.lane_clocks / card.sms / 1e9, 2) == 1.98, "its boost clock in GHz"
+    # One second of the schedulers' instructions, if an element takes one.
+    variant = SimpleNamespace(
+        dtype=torch.bfloat16, constants={}, count=128 * card.lane_clocks,
+        cost=Cost(flops=2 * 989.4e12, bytes=3 * 3352e9),
+    )  # fmt: skip
+    inspected = SimpleNamespace(variant=variant, per_element={"float": 3.0, "special": 1.0})
+    found = Inspection.seconds(inspected, card)
+    assert found == {"memory": 3.0, "products": 2.0, "instructions": 4.0, "exponentials": 8.0}
+
+
+def test_the_account_is_of_what_is_compiled_now():
+    from fastbert.workbench import account
+
+    record = (ROOT / "tests/compiled.txt").read_text()
+    text = account.README.read_text()
+    compiled = text.partition("<!-- compiled:\n")[2].partition("\n-->")[0].splitlines()
+    assert compiled == account.recorded(record), "run python -m fastbert.workbench.account"
+    assert len(compiled) == sum(len(account.accounted(arch)) for arch in (80, 89, 90))
+    table = text.partition("<!-- account:begin -->\n")[2].partition("\n\n")[0].splitlines()
+    kernels = [row.partition("`")[2].partition("`")[0] for row in table[2:]]
+    assert kernels == [v.name.replace(" sm_90 bf16", "") for v in account.accounted(90)]
+    again = account.rendered(text, iter([("new",)]), iter(["name"]))
+    assert "| new |" in again and kernels[0] not in again
+    with pytest.raises(ValueError, match="one place"):
+        account.rendered("nothing", iter([]), iter([]))
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from ..kernels._variants import Variant
 from . import sass
 from .hazards import hazards
 
-__all__ = ["Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_seconds"]
+__all__ = [
+    "Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_parts", "roofline_seconds",
+]  # fmt: skip
 
 _REGISTER_UNIT = 256  # registers of a warp are handed out in this many
 _QUARTERS = 4  # of a multiprocessor; each has a quarter of the registers and of the warps
@@ -73,12 +75,16 @@ def roofline_seconds(variant: Variant, card: Card) -> tuple[float, str]:
 
     Data-sheet rates: 16-bit products on the matrix units, fp32 products on the fp32 units.
     """
+    arithmetic, memory = roofline_parts(variant, card)
+    return max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+
+
+def roofline_parts(variant: Variant, card: Card) -> tuple[float, float]:
+    """Seconds of the products and of the traffic of the variant's example, each by itself."""
     wide = variant.dtype == torch.float32
     tf32 = variant.constants.get("INPUT_PRECISION") == "tf32"
     rate = (card.matmul_tf32 if tf32 else card.fp32) if wide else card.matmul_16bit
-    arithmetic = variant.cost.flops / (1e12 * rate)
-    memory = variant.cost.bytes / (1e9 * card.bandwidth)
-    return max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+    return variant.cost.flops / (1e12 * rate), variant.cost.bytes / (1e9 * card.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,23 @@ class Inspection:
         return [
             (c, *roofline_seconds(self.variant, c)) for c in CARDS if c.arch == self.variant.arch
         ]
+
+    def seconds(self, card: Card) -> dict[str, float]:
+        """What the example takes of each unit of a card, at the rates of its data sheet: its
+        memory and its matrix units for the least work, and for the instructions of the inner loop
+        the schedulers, which start 128 in a clock, and the units of exponentials.
+
+        The longest is the least time if all of them work side by side; the sum if none does.
+        """
+        arithmetic, memory = roofline_parts(self.variant, card)
+        count, mix = self.variant.count, self.per_element
+        lanes = LIMITS[card.arch].special_lanes
+        return {
+            "memory": memory,
+            "products": arithmetic,
+            "instructions": sum(mix.values()) * count / (128 * card.lane_clocks),
+            "exponentials": mix.get("special", 0.0) * count / (lanes * card.lane_clocks),
+        }
 
     def resources(self) -> dict[str, Any]:
         """What it takes and what is wrong with it, as plain values; nothing of its instructions."""
