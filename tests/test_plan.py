@@ -63,6 +63,27 @@ def test_whatever_a_layer_computes_with_may_change(change):
     assert not torch.allclose(now, before), "the change changes nothing"
 
 
+@pytest.fixture
+def reads(monkeypatch) -> list[nn.Module]:
+    """The layers whose weights are read, one after the other."""
+    found, read = [], fastbert.families.model._layer_weights
+    monkeypatch.setattr(
+        fastbert.families.model, "_layer_weights", lambda layer: found.append(layer) or read(layer)
+    )
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[nn.Module]:
+    """The layers that are called, one after the other."""
+    found, layer = [], type(model().encoder.layer[0])
+    call = layer.__call__
+    monkeypatch.setattr(
+        layer, "__call__", lambda self, *a, **k: found.append(self) or call(self, *a, **k)
+    )
+    return found
+
+
 def gradients(of: nn.Module) -> list[torch.Tensor | None]:
     of.zero_grad()
     torch.manual_seed(1)
@@ -89,18 +110,26 @@ def test_whatever_a_layer_trains_with_may_change(change):
         assert one is None or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_weight_that_is_no_parameter_may_be_another_in_every_call(grad):
+    """As a network has it whose weights another one makes."""
+    ours = model()
+    dense = ours.encoder.layer[1].output.dense
+    weight = dense.weight.detach()
+    del dense.weight
+    found = []
+    for factor in (1, 3):
+        dense.weight = weight * factor
+        with torch.set_grad_enabled(grad):
+            found.append(ours(**INPUTS).last_hidden_state.detach())
+            alone = copy.deepcopy(ours)(**INPUTS).last_hidden_state.detach()
+        assert torch.equal(found[-1], alone)
+    assert not torch.allclose(*found)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_layers_are_read_once_in_training_and_are_called(backend, monkeypatch):
+def test_layers_are_read_once_in_training_and_are_called(backend, reads, calls):
     ours = model().train()
-    reads, calls = [], []
-    read, call = fastbert.families.model._layer_weights, type(ours.encoder.layer[0]).__call__
-    monkeypatch.setattr(
-        fastbert.families.model, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
-    )
-    monkeypatch.setattr(
-        type(ours.encoder.layer[0]), "__call__",
-        lambda self, *a, **k: calls.append(self) or call(self, *a, **k),
-    )  # fmt: skip
     with fastbert.backend(backend):
         gradients(ours), gradients(ours)
         assert len(reads) == 2 and len(calls) == 4
@@ -109,9 +138,12 @@ def test_layers_are_read_once_in_training_and_are_called(backend, monkeypatch):
         assert len(reads) == 4, "which products are one may have changed"
         hidden(ours), gradients(ours)
         assert len(reads) == 6, "inference has a reading of its own"
+        scaled(ours.encoder.layer[0].output.dense)
+        gradients(ours)
+        assert len(reads) == 8 and "_fastbert_plan" not in vars(ours), "it held the old weight"
         ours.encoder.layer[1].output.register_forward_hook(lambda *a: None)
         gradients(ours)
-        assert len(reads) == 6, "transformers' code runs"
+        assert len(reads) == 8, "transformers' code runs"
 
 
 @pytest.mark.parametrize(
@@ -129,17 +161,8 @@ def test_kernels_are_launched_for_each_layer_as_for_it_alone(change):
 
 
 @pytest.mark.slow
-def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(monkeypatch):
+def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(reads, calls):
     ours = model()
-    reads, calls = [], []
-    read, call = fastbert.families.model._layer_weights, type(ours.encoder.layer[0]).__call__
-    monkeypatch.setattr(
-        fastbert.families.model, "_layer_weights", lambda layer: reads.append(layer) or read(layer)
-    )
-    monkeypatch.setattr(
-        type(ours.encoder.layer[0]), "__call__",
-        lambda self, *a, **k: calls.append(self) or call(self, *a, **k),
-    )  # fmt: skip
     expected = hidden(ours)
     assert torch.equal(hidden(ours), expected)
     assert len(reads) == 2 and not calls

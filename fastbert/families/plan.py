@@ -9,7 +9,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
 from operator import contains, is_, itemgetter
@@ -41,6 +41,8 @@ class Plan:
     Attributes:
         layers: in their order.
         by_layer: by their modules.
+        whole: whether all of their tensors are parameters, which are compared; a weight that
+            another network makes is set as a plain attribute, and has to be read in every call.
     """
 
     def __init__(self, found: Found, layers: list[nn.Module], read: Callable, family: Family):
@@ -67,6 +69,8 @@ class Plan:
         self._values = self._read()
         self.by_layer = {layer: read(layer) for layer in layers}
         self.layers = Layers([self.by_layer[layer] for layer in layers])
+        compared = set(map(id, self._tensors))
+        self.whole = compared.issuperset(map(id, _tensors_in(tuple(self.by_layer.values()))))
 
     def _read(self) -> list[Any]:
         implementations = [config._attn_implementation for config in self._configs]
@@ -90,6 +94,14 @@ class Plan:
 
     def __reduce__(self):
         return known._nothing, ()  # a copy or an unpickled model reads for itself
+
+
+def _tensors_in(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for inner in part:
+            yield from _tensors_in(inner)
 
 
 def _get(name: str, attributes: dict) -> Any:
@@ -118,4 +130,7 @@ def plan_of(
         if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
             return None
         plan = model.__dict__[name] = Plan(found, layers, read, family)
-    return None if plan.compiled else plan
+        other = _PLAN if name == _TRAINING_PLAN else _TRAINING_PLAN
+        if other in model.__dict__ and not model.__dict__[other].still():
+            del model.__dict__[other]  # it holds weights that nobody else may hold any more
+    return plan if plan.whole and not plan.compiled else None

@@ -173,11 +173,10 @@ class _FeedForwardHalf(torch.autograd.Function):
         dpre, h, dbias_1 = activation_bwd(
             d @ weight_2, pre, activation, dtypes[1] if needs[1] else None, needs[2]
         )
+        # d may be the gradient of the residual too: it is read before that is added to.
         dweight_2 = (d.t() @ h).to(dtypes[2]) if needs[2] else None
         return (
-            _add_product_(dx, dpre, weight_1)
-            if need_x
-            else None,  # d may be dx: it was read before
+            _add_product_(dx, dpre, weight_1) if need_x else None,
             None,
             None,
             (dpre.t() @ x).to(dtypes[0]) if needs[0] else None,
