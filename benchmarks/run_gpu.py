@@ -43,6 +43,7 @@ TESTS = (
     "test_packing",
     "test_ops",
     "test_model_parity",
+    "test_plan",
     "test_training",
     "test_padding",
     "test_drop_in",

@@ -14,14 +14,26 @@ import fastbert
 from fastbert.families import plan
 
 
-def model() -> fastbert.BertModel:
+def model(device: str = "cpu", **options) -> fastbert.BertModel:
     torch.manual_seed(0)
-    return fastbert.BertModel(tiny_config()).eval()
+    return fastbert.BertModel(tiny_config(**options)).eval().to(device)
 
 
-def hidden(of: nn.Module) -> torch.Tensor:
+def call(of: nn.Module, **options):
+    return of(**{name: t.to(of.device) for name, t in INPUTS.items()}, **options)
+
+
+def hidden(of: nn.Module, **options) -> torch.Tensor:
     with torch.no_grad():
-        return of(**INPUTS).last_hidden_state
+        return call(of, **options).last_hidden_state
+
+
+@pytest.fixture
+def on_kernels(device):
+    """Where the kernels run, with everything new made there."""
+    pytest.importorskip("triton")
+    with fastbert.backend("triton"), torch.device(device):
+        yield device
 
 
 def scaled(linear: nn.Linear) -> None:
@@ -77,9 +89,9 @@ def reads(monkeypatch) -> list[nn.Module]:
 def calls(monkeypatch) -> list[nn.Module]:
     """The layers that are called, one after the other."""
     found, layer = [], type(model().encoder.layer[0])
-    call = layer.__call__
+    theirs = layer.__call__
     monkeypatch.setattr(
-        layer, "__call__", lambda self, *a, **k: found.append(self) or call(self, *a, **k)
+        layer, "__call__", lambda self, *a, **k: found.append(self) or theirs(self, *a, **k)
     )
     return found
 
@@ -87,7 +99,7 @@ def calls(monkeypatch) -> list[nn.Module]:
 def gradients(of: nn.Module) -> list[torch.Tensor | None]:
     of.zero_grad()
     torch.manual_seed(1)
-    of(**INPUTS).last_hidden_state.square().sum().backward()
+    call(of).last_hidden_state.square().sum().backward()
     return [p.grad for p in of.parameters()]
 
 
@@ -98,13 +110,12 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("change", [*CHANGES.values(), *FROZEN.values()], ids=[*CHANGES, *FROZEN])
-def test_whatever_a_layer_trains_with_may_change(change):
-    ours = model()
-    with fastbert.backend("triton"):
-        gradients(ours)
-        with torch.no_grad():
-            change(ours.encoder.layer[1])
-        found, expected = gradients(ours), gradients(copy.deepcopy(ours))
+def test_whatever_a_layer_trains_with_may_change(change, on_kernels):
+    ours = model(on_kernels)
+    gradients(ours)
+    with torch.no_grad():
+        change(ours.encoder.layer[1])
+    found, expected = gradients(ours), gradients(copy.deepcopy(ours))
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
@@ -121,43 +132,38 @@ def test_a_weight_that_is_no_parameter_may_be_another_in_every_call(grad):
     for factor in (1, 3):
         dense.weight = weight * factor
         with torch.set_grad_enabled(grad):
-            found.append(ours(**INPUTS).last_hidden_state.detach())
-            alone = copy.deepcopy(ours)(**INPUTS).last_hidden_state.detach()
+            found.append(call(ours).last_hidden_state.detach())
+            alone = call(copy.deepcopy(ours)).last_hidden_state.detach()
         assert torch.equal(found[-1], alone)
     assert not torch.allclose(*found)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_layers_are_read_once_in_training_and_are_called(backend, reads, calls):
+def test_layers_are_read_once_in_training_and_are_called(reads, calls):
     ours = model().train()
-    with fastbert.backend(backend):
-        gradients(ours), gradients(ours)
-        assert len(reads) == 2 and len(calls) == 4
-        ours.encoder.layer[0].attention.self.query.requires_grad_(False)
-        gradients(ours)
-        assert len(reads) == 4, "which products are one may have changed"
-        hidden(ours), gradients(ours)
-        assert len(reads) == 6, "inference has a reading of its own"
-        scaled(ours.encoder.layer[0].output.dense)
-        gradients(ours)
-        assert len(reads) == 8 and "_fastbert_plan" not in vars(ours), "it held the old weight"
-        ours.encoder.layer[1].output.register_forward_hook(lambda *a: None)
-        gradients(ours)
-        assert len(reads) == 8, "transformers' code runs"
+    gradients(ours), gradients(ours)
+    assert len(reads) == 2 and len(calls) == 4
+    ours.encoder.layer[0].attention.self.query.requires_grad_(False)
+    gradients(ours)
+    assert len(reads) == 4, "which products are one may have changed"
+    hidden(ours), gradients(ours)
+    assert len(reads) == 6, "inference has a reading of its own"
+    scaled(ours.encoder.layer[0].output.dense)
+    gradients(ours)
+    assert len(reads) == 8 and "_fastbert_plan" not in vars(ours), "it held the old weight"
+    ours.encoder.layer[1].output.register_forward_hook(lambda *a: None)
+    gradients(ours)
+    assert len(reads) == 8, "transformers' code runs"
 
 
 @pytest.mark.parametrize(
     "change", [None, "a bias", "a module", "the scale", "an eps", "the activation"]
 )
-def test_kernels_are_launched_for_each_layer_as_for_it_alone(change):
+def test_kernels_are_launched_for_each_layer_as_for_it_alone(change, on_kernels):
     """Layers that are alike share launches and the memory of results; others must not."""
-    torch.manual_seed(0)
-    ours = fastbert.BertModel(tiny_config(num_hidden_layers=4)).eval()
-    with torch.no_grad(), fastbert.backend("triton"):
-        if change is not None:
-            CHANGES[change](ours.encoder.layer[2])
-        alone = ours(**INPUTS, output_hidden_states=True).last_hidden_state
-        assert torch.equal(ours(**INPUTS).last_hidden_state, alone)
+    ours = model(on_kernels, num_hidden_layers=4)
+    if change is not None:
+        CHANGES[change](ours.encoder.layer[2])
+    assert torch.equal(hidden(ours), hidden(ours, output_hidden_states=True))
 
 
 @pytest.mark.slow
@@ -166,10 +172,9 @@ def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(reads, c
     expected = hidden(ours)
     assert torch.equal(hidden(ours), expected)
     assert len(reads) == 2 and not calls
-    with torch.no_grad():
-        ours(**INPUTS, output_hidden_states=True)
+    hidden(ours, output_hidden_states=True)
     assert len(calls) == 2, "hidden states are recorded by the layers"
-    assert ours(**INPUTS).last_hidden_state.requires_grad and len(calls) == 4
+    assert call(ours).last_hidden_state.requires_grad and len(calls) == 4
     handle = ours.encoder.layer[0].register_forward_hook(lambda *a: None)
     hidden(ours)
     handle.remove()
