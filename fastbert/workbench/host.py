@@ -57,7 +57,7 @@ _PARTS = {
     ),
 }
 _LAUNCHERS = tuple(
-    (f"kernels.{name}", "launch", "launches of kernels, in all this", 0)
+    (f"kernels.{name}", "launch", "in all this, launches looked up by value", 0)
     for name in (
         "attention", "attention_bwd", "cross_entropy", "embedding", "layernorm", "linear", "_sums",
     )
