@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .ops import onednn
+from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
 from .ops.attention_torch import varlen_in_torch
+from .ops.backend import resolve
+from .ops.dropout import dropout_seeds
 from .ops.inference import LayerLaunches, only_kernels, only_onednn
 from .ops.layer_gradient import attention_half, takes_attention_half
 from .packing import PackedBatch, PaddedBatch
@@ -273,17 +277,19 @@ def encode_layer(
     """
     if weights.pre_norm:
         return _encode_pre_norm(hidden, batch, weights, attentions)
+    in_attention, *behind = _seeds(hidden, weights)
     if attentions is None and _is_one_half(hidden, batch, weights):
         hidden = attention_half(
             hidden, batch, *weights.qkv, *weights.attention_output, *weights.attention_norm[:2],
             head_size=weights.head_size, scale=weights.scale,
             attention_dropout_p=weights.attention_dropout, eps=weights.attention_norm.eps,
-            dropout_p=weights.hidden_dropout,
+            dropout_p=weights.hidden_dropout, seeds=(in_attention, behind[0]),
         )  # fmt: skip
     else:
+        context = _attend(hidden, batch, weights, attentions, in_attention)
         hidden = _add_norm(
-            _attend(hidden, batch, weights, attentions), weights.attention_output, hidden,
-            weights.attention_norm, weights.hidden_dropout,
+            context, weights.attention_output, hidden, weights.attention_norm,
+            weights.hidden_dropout, behind[0],
         )  # fmt: skip
     first, second, norm = weights.intermediate, weights.output, weights.output_norm
     if (
@@ -294,10 +300,28 @@ def encode_layer(
     ):
         return ops.feed_forward_add_norm(
             hidden, *first, weights.activation, *second, norm.weight, norm.bias, eps=norm.eps,
-            dropout_p=weights.output_dropout,
+            dropout_p=weights.output_dropout, seed=behind[1],
         )  # fmt: skip
     inner = _project(hidden, first, weights.activation)
-    return _add_norm(inner, second, hidden, norm, weights.output_dropout)
+    return _add_norm(inner, second, hidden, norm, weights.output_dropout, behind[1])
+
+
+def _seeds(hidden: Tensor, weights: LayerWeights) -> tuple[Tensor | None, ...]:
+    """Of dropout in attention, behind it and at the end of a layer, where kernels drop something.
+
+    One launch draws all three, whichever operations the layer is computed by: what is asked for
+    beside, or who computes it again, must not change what is dropped.
+    """
+    chances = weights.attention_dropout, weights.hidden_dropout, weights.output_dropout
+    if (
+        not any(chances)
+        or hidden.numel() == 0
+        or torch.compiler.is_compiling()
+        or resolve(hidden.device, hidden.dtype) == "torch"
+    ):
+        return (None,) * 3
+    seeds = dropout_seeds(hidden.device, 3)
+    return tuple(seed if p else None for seed, p in zip(seeds, chances, strict=True))
 
 
 def _encode_pre_norm(
@@ -306,7 +330,8 @@ def _encode_pre_norm(
     weights: LayerWeights,
     attentions: list[Tensor] | None,
 ) -> Tensor:
-    context = _attend(normalised(hidden, weights.attention_norm), batch, weights, attentions)
+    rows = normalised(hidden, weights.attention_norm)
+    context = _attend(rows, batch, weights, attentions, None)
     mixed = _project(context, weights.attention_output)
     hidden = hidden + F.dropout(mixed, weights.hidden_dropout)
     inner = _project(
@@ -364,11 +389,15 @@ def _attend(
     batch: PackedBatch | PaddedBatch,
     weights: LayerWeights,
     attentions: list[Tensor] | None,
+    seed: Tensor | None,
 ) -> Tensor:
     """The context of every token, ``[T, E]`` -> ``[T, E]``."""
-    options = {"scale": weights.scale, "dropout_p": weights.attention_dropout}
-    unfused = {"unfused": weights.unfused}
     packed = isinstance(batch, PackedBatch)
+    longest = batch.max_seqlen if packed else batch.padded_shape[1]
+    if weights.head_size > MAX_HEAD_SIZE or longest > MAX_DROPOUT_LENGTH:
+        seed = None  # torch does it, and draws for itself
+    options = {"scale": weights.scale, "dropout_p": weights.attention_dropout, "seed": seed}
+    unfused = {"unfused": weights.unfused}
     if packed and attentions is None and batch.bias is None:
         qkv = _project_together(hidden, weights)
         if qkv is not None:
@@ -408,16 +437,18 @@ def _add_norm(
     residual: Tensor,
     norm: Norm | Callable[[Tensor], Tensor],
     dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """``norm(dropout(projection(x)) + residual)``."""
     if isinstance(projection, Linear) and isinstance(norm, Norm):
         return ops.linear_add_norm(
             x, projection.weight, projection.bias, residual, norm.weight, norm.bias, eps=norm.eps,
-            dropout_p=dropout_p,
+            dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     out = _project(x, projection)
     if isinstance(norm, Norm):
         return ops.layer_norm(
-            out, norm.weight, norm.bias, eps=norm.eps, residual=residual, dropout_p=dropout_p
-        )
+            out, norm.weight, norm.bias, eps=norm.eps, residual=residual, dropout_p=dropout_p,
+            seed=seed,
+        )  # fmt: skip
     return norm(F.dropout(out, dropout_p) + residual)

@@ -261,6 +261,19 @@ def test_checkpointing_drops_the_same_twice(name, reentrant, device):
     assert all(map(torch.equal, *results))
 
 
+def test_seeds_of_a_layer_are_as_good_as_single_ones(device):
+    from fastbert.ops.dropout import dropout_seeds
+
+    torch.manual_seed(5)
+    seeds = dropout_seeds(device, 3)
+    torch.manual_seed(5)
+    assert all(map(torch.equal, seeds, dropout_seeds(device, 3)))
+    assert len({int(seed) for seed in seeds}) == 3
+    for seed in seeds:
+        assert (seed.shape, seed.dtype) == ((1,), torch.int64) and seed.is_contiguous()
+        assert seed.data_ptr() % 16 == 0, "kernels would be compiled once more"
+
+
 def test_a_seed_is_for_kernels(device):
     tensors, run, _ = run_op("attention_varlen", device)
     with fastbert.backend("torch"), pytest.raises(NotImplementedError, match=r"torch\.manual_seed"):

@@ -23,6 +23,7 @@ def attention_weights(
     *,
     scale: float,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """What attention multiplies the values with, after dropout.
 
@@ -33,6 +34,7 @@ def attention_weights(
         dropout_p: probability of dropping a weight; the weights that are dropped, and what is taken
             from torch's generator for it, are those of `attention` and `attention_varlen` in the
             same place.
+        seed: as of these. Kernels only.
 
     Returns:
         ``[B, H, S, S]`` over the padded batch; zeros between different sequences and, in a
@@ -59,10 +61,10 @@ def attention_weights(
         return weights
     if torch.compiler.is_compiling():
         return F.dropout(weights, dropout_p)
-    return weights * _kept(q, batch, dropout_p)
+    return weights * _kept(q, batch, dropout_p, seed)
 
 
-def _kept(q: Tensor, batch: PackedBatch | PaddedBatch, p: float) -> Tensor:
+def _kept(q: Tensor, batch: PackedBatch | PaddedBatch, p: float, seed: Tensor | None) -> Tensor:
     """The factors of dropout, ``[B, H, S, S]``."""
     heads = q.shape[1]
     packed = isinstance(batch, PackedBatch)
@@ -71,9 +73,9 @@ def _kept(q: Tensor, batch: PackedBatch | PaddedBatch, p: float) -> Tensor:
     if backend_of(q, p, longest) == "triton":
         from ..kernels._dropout import scores_kept
 
-        seed = int(dropout_seed(q.device))
+        number = int(dropout_seed(q.device) if seed is None else seed)
         count = batch.num_sequences if packed else size
-        factors = list(scores_kept(seed, count, heads, longest, longest, p).to(q))
+        factors = list(scores_kept(number, count, heads, longest, longest, p).to(q))
     elif packed:
         drawn = [F.dropout(q.new_ones(n, heads, run, run), p) for _, n, run in batch.runs()]
         of_real = iter([factor for run in drawn for factor in run])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_dropout", "dropout_seed"]
+__all__ = ["check_dropout", "dropout_seed", "dropout_seeds"]
 
 
 def dropout_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
@@ -23,6 +23,13 @@ def dropout_seed(device: torch.device | str, generator: torch.Generator | None =
     return torch.randint(
         -(2**62), 2**62, (1,), dtype=torch.int64, device=device, generator=generator
     )
+
+
+def dropout_seeds(device: torch.device | str, count: int) -> tuple[Tensor, ...]:
+    """Several seeds, each as of `dropout_seed`, by one launch."""
+    # Two numbers each: kernels are compiled for pointers at multiples of 16 bytes.
+    drawn = torch.randint(-(2**62), 2**62, (count, 2), dtype=torch.int64, device=device)
+    return drawn[:, :1].unbind()
 
 
 def check_dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> None:

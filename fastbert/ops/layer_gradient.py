@@ -23,10 +23,6 @@ from .recompute import kept, remade, remember
 __all__ = ["attention_half", "feed_forward_half", "of_one_dtype", "takes_attention_half"]
 
 
-def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    return dropout_seed(x.device) if dropout_p > 0.0 else None
-
-
 def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
@@ -223,10 +219,15 @@ def attention_half(
     attention_dropout_p: float,
     eps: float,
     dropout_p: float,
+    seeds: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """``LayerNorm(dropout(attention(q, k, v) @ weight.T + bias) + x)``, q, k and v from ``x``
-    ``[T, E]`` by three linear layers."""
-    seeds = _seed(x, attention_dropout_p), _seed(x, dropout_p)
+    ``[T, E]`` by three linear layers.
+
+    Args:
+        seeds: from `fastbert.ops.dropout.dropout_seeds`, for dropout in attention and behind it;
+            None where nothing is dropped.
+    """
     options = head_size, scale, attention_dropout_p, eps, dropout_p, norm_dtype(x)
     y, z, statistics = _AttentionHalf.apply(
         x, batch, options, seeds, *weights, *biases, weight, bias, norm_weight, norm_bias
@@ -246,11 +247,14 @@ def feed_forward_half(
     *,
     eps: float,
     dropout_p: float,
+    seed: Tensor | None,
     recompute: bool,
 ) -> Tensor:
     """`fastbert.ops.feed_forward_add_norm`, whose arguments these are, for ``x`` ``[T, E]``."""
     options = activation, recompute, eps, dropout_p, norm_dtype(x)
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout_seed(x.device)
     y, z, statistics = _FeedForwardHalf.apply(
-        x, options, _seed(x, dropout_p), weight_1, bias_1, weight_2, bias_2, norm_weight, norm_bias
+        x, options, seed, weight_1, bias_1, weight_2, bias_2, norm_weight, norm_bias
     )
     return remember(y, z, statistics, norm_weight, norm_bias)

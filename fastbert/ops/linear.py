@@ -16,7 +16,7 @@ from torch import Tensor
 from . import onednn
 from .backend import resolve, watched
 from .dropout import check_dropout
-from .gradient import trains_on_kernels, wants_gradient
+from .gradient import refuse_seed, trains_on_kernels, wants_gradient
 from .layer_gradient import feed_forward_half, of_one_dtype
 from .layernorm import layer_norm
 from .linear_gradient import linear_function
@@ -174,6 +174,7 @@ def linear_add_norm(
     *,
     eps: float,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``LayerNorm(dropout(x @ weight.T + bias) + residual)``, the end of both halves of a BERT
     layer.
@@ -187,12 +188,15 @@ def linear_add_norm(
         residual: ``[T, out]``.
         norm_weight, norm_bias, eps: as in `fastbert.ops.layer_norm`.
         dropout_p: probability of dropping a value of the product.
+        seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
+            Kernels only.
 
     Returns:
         ``[T, out]``.
 
     Raises:
         ValueError: shapes that do not fit.
+        NotImplementedError: a seed where torch runs.
 
     Supported: as `linear` and `layer_norm`.
     """
@@ -207,6 +211,7 @@ def linear_add_norm(
                 f"linear_add_norm: expected a residual {(*x.shape[:-1], weight.shape[0])}, "
                 f"got {tuple(residual.shape)}"
             )
+        refuse_seed("linear_add_norm", seed)
         total = onednn.product_add(x, weight, bias, residual)
         return layer_norm(total, norm_weight, norm_bias, eps=eps)
     kernel = _adds_in_norm(x)
@@ -218,6 +223,7 @@ def linear_add_norm(
         residual=residual,
         input_bias=bias if kernel else None,
         dropout_p=dropout_p,
+        seed=seed,
     )
 
 
@@ -233,6 +239,7 @@ def feed_forward_add_norm(
     *,
     eps: float,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """``LayerNorm(dropout(act(x @ weight_1.T + bias_1) @ weight_2.T + bias_2) + x)``, the second
@@ -248,6 +255,8 @@ def feed_forward_add_norm(
         weight_2, bias_2: ``[E, F]`` and ``[E]`` or None.
         norm_weight, norm_bias, eps: as in `fastbert.ops.layer_norm`.
         dropout_p: probability of dropping a value of the second product.
+        seed: from `fastbert.ops.dropout_seed`, for a mask that can be had again; drawn if None.
+            Kernels only.
         recompute: as in `linear`.
 
     Returns:
@@ -255,6 +264,7 @@ def feed_forward_add_norm(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
+        NotImplementedError: a seed where torch runs.
 
     Supported: as `linear` and `layer_norm`.
     """
@@ -262,8 +272,9 @@ def feed_forward_add_norm(
     if not (trains_on_kernels(x, *tensors) and of_one_dtype(x, *tensors)):
         inner = linear(x, weight_1, bias_1, activation=activation)
         return linear_add_norm(
-            inner, weight_2, bias_2, x, norm_weight, norm_bias, eps=eps, dropout_p=dropout_p
-        )
+            inner, weight_2, bias_2, x, norm_weight, norm_bias, eps=eps, dropout_p=dropout_p,
+            seed=seed,
+        )  # fmt: skip
     _validate(x, weight_1, bias_1, activation)
     if weight_2.shape != weight_1.shape[::-1]:
         raise ValueError(
@@ -275,11 +286,11 @@ def feed_forward_add_norm(
             raise ValueError(
                 f"feed_forward_add_norm: expected {name} ({x.shape[-1]},), got {tuple(t.shape)}"
             )
-    check_dropout("feed_forward_add_norm", dropout_p, None, x.device)
+    check_dropout("feed_forward_add_norm", dropout_p, seed, x.device)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # itself: it may know its norm
     y = feed_forward_half(
         rows, weight_1, bias_1, activation, weight_2, bias_2, norm_weight,
-        norm_bias, eps=eps, dropout_p=dropout_p, recompute=recompute,
+        norm_bias, eps=eps, dropout_p=dropout_p, seed=seed, recompute=recompute,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(x.shape)
 
