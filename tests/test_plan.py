@@ -150,9 +150,13 @@ def test_layers_are_read_once_in_training_and_are_called(reads, calls):
     scaled(ours.encoder.layer[0].output.dense)
     gradients(ours)
     assert len(reads) == 8 and "_fastbert_plan" not in vars(ours), "it held the old weight"
+    hidden(ours)
+    twin = copy.deepcopy(ours)  # which has read nothing
+    hidden(twin), gradients(twin)
+    assert len(reads) == 14
     ours.encoder.layer[1].output.register_forward_hook(lambda *a: None)
     gradients(ours)
-    assert len(reads) == 8, "transformers' code runs"
+    assert len(reads) == 14, "transformers' code runs"
 
 
 @pytest.mark.parametrize(

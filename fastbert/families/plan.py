@@ -131,6 +131,7 @@ def plan_of(
             return None
         plan = model.__dict__[name] = Plan(found, layers, read, family)
         other = _PLAN if name == _TRAINING_PLAN else _TRAINING_PLAN
-        if other in model.__dict__ and not model.__dict__[other].still():
+        kept = model.__dict__.get(other)  # None also in a copy
+        if kept is not None and not kept.still():
             del model.__dict__[other]  # it holds weights that nobody else may hold any more
     return plan if plan.whole and not plan.compiled else None
