@@ -32,7 +32,6 @@ __all__ = ["Launches", "install"]
 _MOST_KERNELS = 1024
 _SOURCE = (
     f"""
-#include <stdarg.h>
 #include <stdint.h>
 #define MOST {_MOST_KERNELS}
 """
@@ -57,6 +56,7 @@ result cuPointerGetAttribute(void *out, int attribute, uint64_t pointer) {
 )
 _FUNCTION = re.compile(r"\bcu[A-Z]\w+")
 _installed: tuple[int, Launches] | None = None
+_alive: list[object] = []  # what has to live as long as the process
 
 
 class Launches:
@@ -169,7 +169,8 @@ def _built(backend: Path) -> Path:
     Args:
         backend: of Triton, whose sources say which functions of a driver they name.
     """
-    _built.kept = folder = tempfile.TemporaryDirectory(prefix="fastbert-stub-")
+    folder = tempfile.TemporaryDirectory(prefix="fastbert-stub-")
+    _alive.append(folder)
     source, library = Path(folder.name, "stub.c"), Path(folder.name, "libcuda.so.1")
     texts = (backend / name for name in ("driver.c", "driver.py"))
     named = {name for text in texts for name in _FUNCTION.findall(text.read_text())}
@@ -189,7 +190,7 @@ def _built(backend: Path) -> Path:
 def _still_products() -> None:
     """Products that allocate their result, as calls of a GPU's library do before they return."""
     library = torch.library.Library("aten", "IMPL")
-    _still_products.kept = library
+    _alive.append(library)
 
     def mm(a, b):
         return a.new_empty(a.shape[0], b.shape[1])

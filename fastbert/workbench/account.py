@@ -1,6 +1,6 @@
 """The static account of kernels/README.md: what each kernel takes of a GPU, by its compiled code.
 
-python -m fastbert.workbench.account            # compile some forty variants and write the table
+python -m fastbert.workbench.account            # compile it for three cards, write the table
 
 A prediction, for a measurement to confirm or refute: the least time of a typical problem on each
 unit of a card, at the rates of its data sheet. A comment behind the table names what was compiled

@@ -1,9 +1,9 @@
 """transformers' own common tests of models, run over our classes: ``make test-transformers``.
 
 The tests come with the source distribution of the installed transformers, which is fetched once.
-Whatever passes for transformers' classes has to pass for fastbert's, so what does not pass for ours
-is run over transformers' as well; what passes there is listed. The mix-ins for generation and for
-exporters are not in that distribution, and are left out.
+Whatever passes for transformers' classes has to pass for fastbert's, so every test of theirs that
+has not passed for ours, or did not run, is run over theirs; what passes there is listed. The
+mix-ins for generation and for exporters are not in that distribution, and are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import unittest
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import transformers
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "transformers-tests"
 NAME = "transformers_tests"
+_LOADER = unittest.defaultTestLoader
 
 
 def fetch() -> Path:
@@ -55,25 +57,31 @@ class Outcomes:
 def main(*options: str) -> int:
     """Run, compare, and say what differs; 1 if something passes for transformers' classes only."""
     fetch()
-    from families import FAMILIES
-
     here = Path(__file__).resolve().parent
     # For the workers of pytest-xdist; what users have on a CPU is what is tested.
     os.environ.update(PYTHONPATH=f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     os.environ.setdefault("FASTBERT_BACKEND", "torch")
-    ours = _run([f"fastbert_{family}" for family in FAMILIES], options)
-    others = [case for case, outcome in ours.items() if outcome != "passed"]
-    theirs = _run([case.replace("fastbert_", "transformers_", 1) for case in others], options)
+    import common  # with the variables as they are for the workers
+
+    names = [
+        f"{family}::{test}"
+        for family in common.FAMILIES
+        for test in _LOADER.getTestCaseNames(vars(common)[f"transformers_{family}"])
+    ]
+    ours = _run([f"fastbert_{family}" for family in common.FAMILIES], options)
+    became = [ours.get(f"fastbert_{name}", "not run") for name in names]
+    others = [n for n, outcome in zip(names, became, strict=True) if outcome != "passed"]
+    theirs = _run([f"transformers_{name}" for name in others], options)
     missing = sorted(case for case, outcome in theirs.items() if outcome == "passed")
-    failed = sum(outcome == "failed" for outcome in ours.values())
+    counts = ", ".join(f"{became.count(what)} {what}" for what in dict.fromkeys(became))
     print(
-        f"transformers {transformers.__version__}, {len(FAMILIES)} families: "
-        f"{len(ours) - len(others)} common tests pass for our classes, {failed} fail, "
-        f"{len(others) - failed} are skipped; {len(missing)} of these pass for its classes"
+        f"transformers {transformers.__version__}, {len(common.FAMILIES)} families, "
+        f"{len(names)} common tests; for our classes: {counts}; "
+        f"of the others {len(missing)} pass for its classes"
     )
     for case in missing:
         print(f"only for transformers' classes: {case}")
-    return 1 if missing or len(others) == len(ours) else 0
+    return 1 if missing or "passed" not in became else 0
 
 
 def _run(cases: list[str], options: tuple[str, ...]) -> dict[str, str]:
