@@ -18,7 +18,7 @@ from . import (
     _sums,
     attention,
     attention_bias_bwd,
-    attention_bwd,
+    attention_bwd_kernels,
     cross_entropy,
     embedding,
     layernorm,
@@ -198,9 +198,9 @@ def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
     rows = ("dq_ptr", "dk_ptr", "dv_ptr", "do_ptr", "out_ptr", "q_ptr", "k_ptr", "v_ptr")
     tensors = {**dict.fromkeys(rows), **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")}
     kernels = {
-        "whole": attention_bwd._attention_bwd_kernel_whole,
-        "dq": attention_bwd._attention_bwd_kernel_dq,
-        "dkdv": attention_bwd._attention_bwd_kernel_dkdv,
+        "whole": attention_bwd_kernels._attention_bwd_kernel_whole,
+        "dq": attention_bwd_kernels._attention_bwd_kernel_dq,
+        "dkdv": attention_bwd_kernels._attention_bwd_kernel_dkdv,
         "bias": attention_bias_bwd._attention_bwd_kernel_bias,
     }
     reload = {"RELOAD": dtype == torch.float32}
@@ -430,7 +430,7 @@ KERNELS = {
         AttentionTile, _attention,
     ),
     "attention_bwd": Kernel(
-        "gradients of q, k, v and bias", attention_bwd, "attention_varlen, attention",
+        "gradients of q, k, v and bias", attention_bwd_kernels, "attention_varlen, attention",
         AttentionTile, _attention_bwd,
     ),
     "softmax": Kernel("softmax(x * scale + mask) by row", softmax, "softmax", RowTile, _softmax),

@@ -1,4 +1,4 @@
-"""Bidirectional attention, backward: the gradient of an additive bias, ``ds`` of attention_bwd.py.
+"""Bidirectional attention, backward: the gradient of an additive bias, ``ds`` of the other kernels.
 
 A bias is mostly broadcast: relative positions have one for all sequences, ``[1, H, Sq, Sk]``. A
 program has one tile of it and walks over the sequences and heads that share the tile, adding ds up

@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant(kernel, fault, file, edits)
     for kernel, file, faults in (
         ("attention", "attention.py", ATTENTION),
-        ("attention_bwd", "attention_bwd.py", ATTENTION_BWD),
+        ("attention_bwd", "attention_bwd_kernels.py", ATTENTION_BWD),
         ("attention_bwd", "attention_bias_bwd.py", ATTENTION_BIAS_BWD),
         ("softmax", "softmax.py", SOFTMAX),
         ("softmax_bwd", "softmax.py", SOFTMAX_BWD),
