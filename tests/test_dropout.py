@@ -274,6 +274,25 @@ def test_seeds_of_a_layer_are_as_good_as_single_ones(device):
         assert seed.data_ptr() % 16 == 0, "kernels would be compiled once more"
 
 
+def test_no_two_places_of_a_model_drop_by_one_seed(device, monkeypatch):
+    from fastbert.kernels import attention, layernorm
+    from tiny import inputs_for, tiny_config
+
+    seeds = []
+    for module in (attention, layernorm):  # in forward alone: backward has them again
+        launch = module.launch
+        monkeypatch.setattr(
+            module, "launch",
+            lambda kernel, grid, *args, launch=launch, **constants: (
+                seeds.extend(int(a) for a in args if getattr(a, "dtype", None) == torch.int64),
+                launch(kernel, grid, *args, **constants),
+            ),
+        )  # fmt: skip
+    model = fastbert.BertModel(tiny_config(num_hidden_layers=3)).to(device).train()
+    model(**inputs_for("BertModel", None, device))
+    assert len(seeds) == len(set(seeds)) == 3 * 3
+
+
 def test_a_seed_is_for_kernels(device):
     tensors, run, _ = run_op("attention_varlen", device)
     with fastbert.backend("torch"), pytest.raises(NotImplementedError, match=r"torch\.manual_seed"):

@@ -138,6 +138,29 @@ def test_a_weight_that_is_no_parameter_may_be_another_in_every_call(grad):
     assert not torch.allclose(*found)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_that_a_known_hook_brings_are_read_behind_it(grad):
+    """As FSDP does: a layer has its weights while it is called, and others before."""
+    ours = model()
+    layer = ours.encoder.layer[1]
+    dense, whole = layer.output.dense, layer.output.dense.weight
+
+    def bring(module, args):
+        dense.weight = whole
+
+    def take(module, args, output):
+        dense.weight = nn.Parameter(torch.zeros_like(whole))
+
+    with torch.set_grad_enabled(grad):
+        expected = call(ours).last_hidden_state
+        bring.__module__ = take.__module__ = "torch.distributed.fsdp"
+        layer.register_forward_pre_hook(bring)
+        layer.register_forward_hook(take)
+        take(None, None, None)
+        for _ in range(2):
+            assert torch.equal(call(ours).last_hidden_state, expected)
+
+
 def test_layers_are_read_once_in_training_and_are_called(reads, calls):
     ours = model().train()
     gradients(ours), gradients(ours)

@@ -1,4 +1,4 @@
-"""The workbench finds kernels that are wrong, tunes and profiles, and its command says what it finds."""
+"""The workbench finds wrong kernels, tunes and profiles, and its command says what it finds."""
 
 import json
 import os
