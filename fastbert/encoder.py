@@ -20,8 +20,10 @@ from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
 from .ops.attention_torch import varlen_in_torch
 from .ops.backend import resolve
 from .ops.dropout import dropout_seeds
+from .ops.gradient import wants_gradient
 from .ops.inference import LayerLaunches, only_kernels, only_onednn
-from .ops.layer_gradient import attention_half, takes_attention_half
+from .ops.layer_gradient import attention_half, takes_attention_half, whole_layer
+from .ops.repeated import Repeats
 from .packing import PackedBatch, PaddedBatch
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "encode_layers",
     "encode_on_onednn",
     "normalised",
+    "train_layers",
 ]
 
 
@@ -101,19 +104,24 @@ class LayerWeights(NamedTuple):
 
 
 class Layers:
-    """The layers of an encoder, for inference.
+    """The layers of an encoder.
 
     Attributes:
         each: their weights.
-        tensors: all tensors in them if nothing else is in them, else None.
+        tensors: all tensors in them if they are for inference and nothing else is in them, else
+            None.
         alike: whether they are the same but for the values in these tensors.
+        trained: for each the tensors in it, if they are for training, are `alike` and nothing else
+            is in them, else None.
     """
 
     def __init__(self, each: list[LayerWeights]):
         self.each = each
         found = [_tensors_of(weights) for weights in each]
         self.tensors = None if None in found else [t for tensors in found for t in tensors]
-        self.alike = self.tensors is not None and len(set(map(_form_of, each))) == 1
+        self.alike = self.tensors is not None and _are_alike(each)
+        trained = [_trained_tensors_of(weights) for weights in each]
+        self.trained = None if None in trained or not _are_alike(each) else trained
 
 
 def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
@@ -129,16 +137,37 @@ def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
     return [t for part in (*linears, *norms) for t in part if isinstance(t, Tensor)]
 
 
-def _form_of(weights: LayerWeights) -> tuple:
-    """Everything of a layer that is tensors and numbers, but for the values in the tensors."""
-    parts = (*weights.qkv, *weights[1:])
-    return tuple(map(_form, parts))
+def _trained_tensors_of(weights: LayerWeights) -> tuple[Tensor | None, ...] | None:
+    """What `whole_layer` takes of a layer, if it is all there is in it."""
+    linears = weights.attention_output, weights.intermediate, weights.output
+    norms = weights.attention_norm, weights.output_norm
+    known = (
+        isinstance(weights.qkv, Stacked)
+        and all(isinstance(x, Linear) for x in linears)
+        and all(isinstance(x, Norm) for x in norms)
+        and isinstance(weights.activation, str)
+    )
+    if not known or weights.pre_norm or weights.unfused:
+        return None
+    width = weights.attention_output.weight.shape[:1]
+    rows = (weights.attention_output.bias, weights.output.bias, *norms[0][:2], *norms[1][:2])
+    if any(t is not None and t.shape != width for t in rows):
+        return None  # the ops say so
+    return (
+        *weights.qkv.weights, *weights.qkv.biases, *linears[0], *norms[0][:2], *linears[1],
+        *linears[2], *norms[1][:2],
+    )  # fmt: skip
+
+
+def _are_alike(each: list[LayerWeights]) -> bool:
+    return len(set(map(_form, each))) == 1
 
 
 def _form(part: object) -> object:
+    """Everything of a layer that is tensors and numbers, but for the values in the tensors."""
     if isinstance(part, Tensor):
-        return part.shape, part.stride(), part.dtype
-    return tuple(map(_form, part)) if isinstance(part, Linear | Norm) else part
+        return part.shape, part.stride(), part.dtype, part.device
+    return tuple(map(_form, part)) if isinstance(part, tuple) else part
 
 
 def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
@@ -160,6 +189,39 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
     for weights in layers.each:
         hidden = encode_layer(hidden, batch, weights)
     return hidden
+
+
+def train_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
+    """`encode_layers` where gradients may be wanted: layers that are alike make the launches of the
+    first one again."""
+    repeats = _repeats(hidden, batch, layers)
+    if repeats is None:
+        for weights in layers.each:
+            hidden = encode_layer(hidden, batch, weights)
+        return hidden
+    for weights, tensors in zip(layers.each, layers.trained, strict=True):
+        if not wants_gradient(hidden, *tensors):
+            hidden = encode_layer(hidden, batch, weights)
+            continue
+        hidden = whole_layer(
+            hidden, batch, tensors, head_size=weights.head_size, scale=weights.scale,
+            attention_dropout_p=weights.attention_dropout, activation=weights.activation,
+            eps=(weights.attention_norm.eps, weights.output_norm.eps),
+            dropout_p=(weights.hidden_dropout, weights.output_dropout),
+            seeds=_seeds(hidden, weights), repeats=repeats,
+        )  # fmt: skip
+    return hidden
+
+
+def _repeats(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Repeats | None:
+    """For layers that may be trained whole, if these are."""
+    if not layers.trained or not isinstance(batch, PackedBatch) or batch.bias is not None:
+        return None
+    first, tensors = layers.each[0], [t for tensors in layers.trained for t in tensors]
+    taken = hidden.is_contiguous() and takes_attention_half(
+        hidden, batch, first.head_size, first.scale, first.attention_dropout, *tensors
+    )
+    return Repeats() if taken else None
 
 
 def _launch_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -93,7 +93,8 @@ def launch(
     stream = active.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *args, *values)
     if note is not None:
-        note.prepare(partial(run, x, y, z, stream, function, metadata, None, None, None), values)
+        again = partial(run, x, y, z, stream, function, metadata, None, None, None)
+        note.prepare(again, values, known.anywhere)
 
 
 class _Notes(threading.local):
@@ -113,6 +114,24 @@ def noted() -> Iterator[list[Again]]:
         _notes.made = before
 
 
+class _Slot(NamedTuple):
+    """An argument of a launch that is in one of the tensors that will be others.
+
+    Attributes:
+        argument: its number.
+        tensor: the number of the tensor.
+        offset: bytes from the start of the tensor to that of the argument.
+        anywhere: whether the kernel makes no use of where it starts.
+        view: shape and stride of the argument if they are not those of the tensor.
+    """
+
+    argument: int
+    tensor: int
+    offset: int
+    anywhere: bool
+    view: tuple | None
+
+
 class Again:
     """A launch that was made, to be made again by the same thread, on the same stream, on other
     tensors of the same dtypes, sizes and strides.
@@ -122,48 +141,81 @@ class Again:
 
     def __init__(self, launch: Callable[..., None], args: tuple):
         self._launch, self._args = launch, list(args)
-        self._slots: list[tuple[int, int]] = []  # (argument, number of the tensor)
+        self._slots: list[_Slot] = []
         self._run: Callable[..., None] | None = None
+        self._anywhere: frozenset[int] = frozenset()
 
-    def prepare(self, run: Callable[..., None], constants: tuple) -> None:
-        """Do without `launch`, whose checks these arguments have passed."""
-        self._run = run
+    def prepare(self, run: Callable[..., None], constants: tuple, anywhere: frozenset[int]) -> None:
+        """Do without `launch`, whose checks these arguments have passed.
+
+        Args:
+            run: launches on all arguments.
+            constants: what it takes behind them.
+            anywhere: numbers of the arguments that need not start at a multiple of 16 bytes.
+        """
+        self._run, self._anywhere = run, anywhere
         self._given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self._args]
         self._given += constants
 
-    def over(self, tensors: Sequence[torch.Tensor | None]) -> bool:
-        """Say which tensors will be others; False if they cannot be told apart, and the launch is
-        of no more use.
+    def over(self, tensors: Sequence[torch.Tensor | None]) -> set[int] | None:
+        """Say which tensors will be others.
 
         Args:
-            tensors: that this launch was made on, told by their addresses; None where the kernel
-                got none.
+            tensors: that this launch, or another one, was made on, told by their addresses; an
+                argument may also be a part of one. None where the kernel got none.
+
+        Returns:
+            The numbers of those that it was made on; None if they cannot be told apart, and the
+            launch is of no more use.
         """
-        places = [None if t is None else t.data_ptr() for t in tensors]
-        given = [place for place in places if place]
-        self._slots = [
-            (i, places.index(t.data_ptr()))
-            for i, t in enumerate(self._args)
-            if isinstance(t, torch.Tensor) and t.data_ptr() in given
-        ]
-        for i, _ in self._slots:
-            self._args[i] = None  # whose memory is free to be used again
-        return len(set(given)) == len(given) == len({j for _, j in self._slots})
+        places = [0 if t is None else t.data_ptr() for t in tensors]
+        given = {place: j for j, place in enumerate(places) if place}
+        if len(given) != len(places) - places.count(0):
+            return None
+        self._slots = []
+        for i, t in enumerate(self._args):
+            if not isinstance(t, torch.Tensor):
+                continue
+            place = t.data_ptr()
+            tensor, offset = given.get(place), 0
+            if tensor is None and place:
+                # It may be a part of the last one that starts before it.
+                start = max([at for at in given if at < place], default=None)
+                if start is None or place >= _end(tensors[given[start]]):
+                    continue
+                tensor, offset = given[start], place - start
+            if tensor is not None:
+                form, whole = (t.shape, t.stride()), tensors[tensor]
+                view = None if form == (whole.shape, whole.stride()) else form
+                self._slots.append(_Slot(i, tensor, offset, i in self._anywhere, view))
+        for slot in self._slots:
+            self._args[slot.argument] = None  # whose memory is free to be used again
+        return {slot.tensor for slot in self._slots}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Make it on others than those of `over`."""
         if self._run is not None:
             given, places = self._given, 0
-            for i, j in self._slots:
-                place = given[i] = tensors[j].data_ptr()
-                places |= place
+            for argument, tensor, offset, anywhere, _ in self._slots:
+                place = given[argument] = tensors[tensor].data_ptr() + offset
+                if not anywhere:
+                    places |= place
             if not places & 15:
                 self._run(*given)
                 return
         args = self._args.copy()
-        for i, j in self._slots:
-            args[i] = tensors[j]
+        for argument, tensor, offset, _, view in self._slots:
+            t = tensors[tensor]
+            if view is not None:
+                t = t.as_strided(*view, t.storage_offset() + offset // t.itemsize)
+            args[argument] = t
         self._launch(*args)
+
+
+def _end(t: torch.Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr() + (last + 1) * t.itemsize
 
 
 def _getter(indices: list[int]) -> Callable[[tuple], tuple]:
@@ -179,6 +231,7 @@ class _Known:
     Attributes:
         pointers, fixed, free: the arguments that are pointers; numbers that the compiler may make
             use of; numbers whose size alone matters to it.
+        anywhere: numbers of the pointers of whose alignment it makes no use.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -191,7 +244,8 @@ class _Known:
         self.fixed = _getter([i for i, free in numbers if not free])
         self.free = _getter([i for i, free in numbers if free])
         anywhere = {p.name for _, p in runtime if p.do_not_specialize_on_alignment}
-        self._anywhere = [kernel.params[i].name in anywhere for i in pointers]
+        self.anywhere = frozenset(i for i in pointers if kernel.params[i].name in anywhere)
+        self._anywhere = [i in self.anywhere for i in pointers]
         self._constants = [p.name for p in kernel.params if p.is_constexpr]
 
     def aligned(self, pointers: tuple) -> bool:

@@ -28,6 +28,11 @@ def costs() -> dict[str, dict]:
     return dict(zip(CALLS, json.loads(done.stdout), strict=True))
 
 
+def looked_up(found: dict) -> int:
+    """How many launches had their kernel looked up by what they are launched on."""
+    return found["parts"][-1]["calls"]
+
+
 @pytest.mark.parametrize("call", CALLS[:2])
 def test_forward(costs, call):
     found = costs[call]
@@ -37,6 +42,7 @@ def test_forward(costs, call):
     assert sum(found["launches"].values()) == 1 + 4 * found["layers"]
     assert (found["products"], found["layer_products"]) == (6 * found["layers"], 6)
     assert found["layer_operations"] == {}
+    assert looked_up(found) == 1 + 4, "layers that are alike make the first one's again"
     assert found["waits"] == ("padded" in call), "for the lengths, and for nothing else"
 
 
@@ -53,6 +59,9 @@ def test_training(costs, call):
     # Weights are joined again in backward, unless they were converted.
     joined = {"cat": 2, "copy_": 13, "add_": 2} if "autocast" in call else {"cat": 3}
     assert found["layer_operations"] == {"randint": 1, "sum": 1, **joined}
+    outside = sum(found["launches"].values()) - 13 * found["layers"]
+    # The lowest layer's input is kept in another way, so backward is another too.
+    assert looked_up(found) == outside + 4 + 2 * 9, "the other layers' are made again"
     assert found["waits"] == 1 + ("padded" in call), "for the labels and for the lengths"
 
 

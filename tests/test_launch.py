@@ -144,7 +144,7 @@ def test_a_noted_launch_is_made_again_on_the_addresses_of_other_tensors(kernel, 
     launch(kernel, *tensors)
     launch(kernel, *tensors)
     note = noted(kernel, tensors)
-    assert note.over(tensors[:2])
+    assert note.over(tensors[:2]) == {0, 1}
     new = others()
     note(*new)
     assert len(kernel.slow) == 1 and len(kernel.fast) == 3
@@ -194,14 +194,40 @@ def test_a_noted_launch_that_needs_triton_is_launched_by_it(kernel, tensors, why
 
 def test_tensors_at_one_address_cannot_be_told_apart(kernel, tensors):
     out, x, mean = tensors
-    assert noted(kernel, (out, x, mean)).over([out, None, x])
-    assert not noted(kernel, (out, x, mean)).over([out, x, x.view(8, 8)])
-    assert not noted(kernel, (out, x, mean)).over([out, torch.zeros(3)]), "not an argument"
+    assert noted(kernel, (out, x, mean)).over([out, None, x]) == {0, 2}
+    assert noted(kernel, (out, x, mean)).over([out, x, x.view(8, 8)]) is None
+    assert noted(kernel, (out, x, mean)).over([out, torch.zeros(3)]) == {0}, "not an argument"
     twice = noted(kernel, (x, x, mean))
-    assert twice.over([x]), "read and written in place"
+    assert twice.over([x]) == {0}, "read and written in place"
     (new,) = others()[:1]
     twice(new)
     assert kernel.slow[-1][1][0] is kernel.slow[-1][1][1] is new or kernel.fast
+
+
+@pytest.mark.parametrize("way", ["prepared", "looked up"])
+def test_an_argument_may_be_a_part_of_a_tensor_that_will_be_another(kernel, way):
+    both, x = torch.zeros(4, 64), torch.zeros(64)
+    launched = both[2], x, both[1]
+    if way == "prepared":
+        launch(kernel, *launched)
+    note = noted(kernel, launched)
+    assert note.over([x, both]) == {0, 1}
+    new, other = torch.zeros(4, 64), torch.zeros(64)
+    kernel.slow.clear(), kernel.fast.clear()
+    note(other, new)
+    ((*_, out, first, mean, _, _, _, _, _),) = kernel.fast
+    parts = new[2], other, new[1]
+    if way == "prepared":
+        assert [out, first, mean] == [t.data_ptr() for t in parts]
+        return
+    for found, part in zip((out, first, mean), parts, strict=True):
+        assert found.data_ptr() == part.data_ptr() and found.shape == part.shape
+
+
+def test_an_argument_behind_a_tensor_is_no_part_of_it(kernel):
+    memory, x = torch.zeros(4, 64), torch.zeros(64)
+    note = noted(kernel, (memory[2], x, memory[1]))
+    assert note.over([memory[0], x]) == {1}
 
 
 def test_interpreted_kernels_are_called_as_they_are():

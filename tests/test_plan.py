@@ -96,10 +96,10 @@ def calls(monkeypatch) -> list[nn.Module]:
     return found
 
 
-def gradients(of: nn.Module) -> list[torch.Tensor | None]:
+def gradients(of: nn.Module, **options) -> list[torch.Tensor | None]:
     of.zero_grad()
     torch.manual_seed(1)
-    call(of).last_hidden_state.square().sum().backward()
+    call(of, **options).last_hidden_state.square().sum().backward()
     return [p.grad for p in of.parameters()]
 
 
@@ -161,10 +161,10 @@ def test_weights_that_a_known_hook_brings_are_read_behind_it(grad):
             assert torch.equal(call(ours).last_hidden_state, expected)
 
 
-def test_layers_are_read_once_in_training_and_are_called(reads, calls):
+def test_layers_are_read_once_in_training(reads, calls):
     ours = model().train()
     gradients(ours), gradients(ours)
-    assert len(reads) == 2 and len(calls) == 4
+    assert len(reads) == 2 and calls == []
     ours.encoder.layer[0].attention.self.query.requires_grad_(False)
     gradients(ours)
     assert len(reads) == 4, "which products are one may have changed"
@@ -182,9 +182,51 @@ def test_layers_are_read_once_in_training_and_are_called(reads, calls):
     assert len(reads) == 14, "transformers' code runs"
 
 
-@pytest.mark.parametrize(
-    "change", [None, "a bias", "a module", "the scale", "an eps", "the activation"]
-)
+def test_layers_are_called_that_backward_computes_again(calls):
+    ours = model().train()
+    expected = gradients(ours)
+    getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)()
+    for one, other in zip(gradients(ours), expected, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert set(calls) == set(ours.encoder.layer)
+
+
+ALIKE_OR_NOT = [None, "a bias", "a module", "the scale", "an eps", "the activation"]
+
+
+@pytest.mark.parametrize("change", [*ALIKE_OR_NOT, "dropout", *FROZEN])
+def test_kernels_are_launched_for_each_layer_as_for_it_alone_in_training(change, on_kernels):
+    """Forward and backward; who asks for hidden states has each layer called by itself."""
+    ours = model(on_kernels, num_hidden_layers=4).train()
+    if change is not None:
+        {**CHANGES, **FROZEN, "dropout": lambda layer: layer.eval()}[change](ours.encoder.layer[2])
+    found, expected = gradients(ours), gradients(ours, output_hidden_states=True)
+    assert sum(g is not None for g in found) > 60
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("trained", ["the last layer", "biases", "norms", "the input"])
+def test_a_layer_of_which_little_is_trained_is_trained_as_it_is_alone(trained, on_kernels):
+    ours = model(on_kernels, num_hidden_layers=3).train().requires_grad_(trained == "the input")
+    ours.embeddings.requires_grad_(trained == "the input")
+    if trained == "the last layer":
+        ours.encoder.layer[2].requires_grad_(True)
+    for name, parameter in ours.named_parameters():
+        if trained == "biases" and name.endswith("bias"):
+            parameter.requires_grad_(True)
+        if trained == "norms" and "layer.1" in name and "LayerNorm" in name:
+            parameter.requires_grad_(True)
+        if trained == "the input" and "encoder" in name:
+            parameter.requires_grad_(False)
+    found, expected = gradients(ours), gradients(ours, output_hidden_states=True)
+    assert any(g is not None for g in found)
+    for p, one, other in zip(ours.parameters(), found, expected, strict=True):
+        assert (one is None) == (other is None) == (not p.requires_grad or one is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("change", ALIKE_OR_NOT)
 def test_kernels_are_launched_for_each_layer_as_for_it_alone(change, on_kernels):
     """Layers that are alike share launches and the memory of results; others must not."""
     ours = model(on_kernels, num_hidden_layers=4)
@@ -201,7 +243,7 @@ def test_layers_are_read_once_and_called_by_nobody_until_somebody_looks(reads, c
     assert len(reads) == 2 and not calls
     hidden(ours, output_hidden_states=True)
     assert len(calls) == 2, "hidden states are recorded by the layers"
-    assert call(ours).last_hidden_state.requires_grad and len(calls) == 4
+    assert call(ours).last_hidden_state.requires_grad and len(calls) == 2
     handle = ours.encoder.layer[0].register_forward_hook(lambda *a: None)
     hidden(ours)
     handle.remove()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
-from ..encoder import LayerWeights, encode_layer, encode_layers, normalised
+from ..encoder import LayerWeights, encode_layer, encode_layers, normalised, train_layers
 from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
 from . import known, modules
@@ -376,11 +376,14 @@ class PackedModel(DropIn):
     def _encoded(self, rows: Tensor, call: Call, found: Found, watching: bool) -> Tensor:
         """Rows behind the last layer."""
         plan = plan_of(self, found, _layer_weights)
-        if plan is not None and not watching and not torch.is_grad_enabled():
-            run = self.frozen or encode_layers
-            if self.graphs is None:
-                return run(rows, call.batch, plan.layers)
-            return self.graphs(rows, call.batch, plan.layers, run)
+        if plan is not None and not watching:
+            if not torch.is_grad_enabled():
+                run = self.frozen or encode_layers
+                if self.graphs is None:
+                    return run(rows, call.batch, plan.layers)
+                return self.graphs(rows, call.batch, plan.layers, run)
+            if not plan.recomputes:
+                return train_layers(rows, call.batch, plan.layers)
         if plan is not None:
             call = call._replace(weights=plan.by_layer)
         if self.family.calls_layers:

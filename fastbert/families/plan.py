@@ -3,8 +3,8 @@
 Where no hook watches and nobody stands in between (`fastbert.families.obstacle` has looked),
 reading a layer's modules takes as long as launching it, so it is done once. Tensors are never
 copied; who replaces one, or changes a number that a layer computes with, is noticed at the next
-call. In inference, if no hidden state is asked for, nothing has to be called but the layers'
-arithmetic.
+call. If no hidden state is asked for, and no layer is to be computed again in backward, nothing has
+to be called but the layers' arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..encoder import Layers, LayerWeights
 from . import known
-from .family import Family
 from .obstacle import Found, is_remembered
 
 __all__ = ["Plan", "plan_of"]
@@ -43,9 +42,12 @@ class Plan:
         by_layer: by their modules.
         whole: whether all of their tensors are parameters, which are compared; a weight that
             another network makes is set as a plain attribute, and has to be read in every call.
+        recomputes: whether a wrapper computes something again in backward, for which layers have to
+            be called.
     """
 
-    def __init__(self, found: Found, layers: list[nn.Module], read: Callable, family: Family):
+    def __init__(self, model: nn.Module, found: Found, layers: list[nn.Module], read: Callable):
+        family = model.family
         self.found, self._training = found, torch.is_grad_enabled()
         self._dicts = [layer.__dict__ for layer in layers]
         inside = [m for layer in layers for m in layer.modules()]
@@ -65,6 +67,8 @@ class Plan:
             self._numbers.append((itemgetter("attention_head_size"), attention.__dict__))
             # A function, where it is no module.
             self._numbers.append((partial(_get, name), layer.get_submodule(owner).__dict__))
+        called = family.encoder_of(model).modules()
+        self.recomputes = any(known.unwrapped(m) is not m for m in called)
         self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()
         self._values = self._read()
         self.by_layer = {layer: read(layer) for layer in layers}
@@ -129,7 +133,7 @@ def plan_of(
         tensors = [p for layer in layers for p in layer.parameters()]
         if not all(type(p) in (nn.Parameter, Tensor) for p in tensors):
             return None
-        plan = model.__dict__[name] = Plan(found, layers, read, family)
+        plan = model.__dict__[name] = Plan(model, found, layers, read)
         other = _PLAN if name == _TRAINING_PLAN else _TRAINING_PLAN
         kept = model.__dict__.get(other)  # None also in a copy
         if kept is not None and not kept.still():

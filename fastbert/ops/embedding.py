@@ -81,7 +81,7 @@ class _Embed(torch.autograd.Function):
         *all_ids, z, statistics, weight = ctx.saved_tensors
         need_tables, (need_weight, need_bias) = ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:8]
         dz, _, totals = layer_norm_bwd(
-            dy, z, statistics, weight, z.dtype, None, [need_weight, need_bias, False],
+            dy, z, statistics, weight, z.dtype, None, (need_weight, need_bias, False),
             one_dtype(weight.dtype, ctx.bias_dtype), 0.0, None,
         )  # fmt: skip
         total = iter(totals)

@@ -8,11 +8,9 @@ the products of `fastbert.ops.onednn`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, eq, is_
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,7 @@ from .attention_kernels import MAX_HEAD_SIZE, tile_for
 from .backend import resolve
 from .linear import plain_on_cpu, route, rows_on_onednn
 from .registry import takes_launches
-
-if TYPE_CHECKING:
-    from ..kernels._launch import Again
+from .repeated import Repeated
 
 __all__ = ["LayerLaunches", "only_kernels", "only_onednn"]
 
@@ -109,9 +105,10 @@ class LayerLaunches:
 
         self._activation = activation
         self._fused: bool | None = None
-        self._attend = _Repeated(attend)
-        self._add_norm = [_Repeated(partial(add_norm, at)) for at in (0, 1)]
-        self._activate = _Repeated(partial(bias_activation_fwd_, activation=activation))
+        self._attend = Repeated(attend, fresh=False)
+        self._add_norm = [Repeated(partial(add_norm, at), fresh=False) for at in (0, 1)]
+        activate = partial(bias_activation_fwd_, activation=activation)
+        self._activate = Repeated(activate, fresh=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`fastbert.ops.attention_varlen` of rows ``[T, E]``."""
@@ -143,25 +140,3 @@ class LayerLaunches:
             at: 0 for the norm after attention, 1 for the last one.
         """
         return self._add_norm[at](F.linear(x, weight), residual, bias, norm_weight, norm_bias)
-
-
-class _Repeated:
-    """A function of tensors that launches one kernel, called with tensors of the same sizes."""
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self._function = function
-        self._again: Again | None = None
-
-    def __call__(self, *tensors: Tensor | None) -> Tensor:
-        if self._again is None:
-            from ..kernels._launch import noted
-
-            with noted() as made:
-                result = self._function(*tensors)
-            (launched,) = made
-            self._result = None if result is tensors[0] else result
-            if launched.over(tensors):
-                self._again = launched
-            return result
-        self._again(*tensors)
-        return tensors[0] if self._result is None else self._result

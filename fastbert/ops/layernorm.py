@@ -57,7 +57,7 @@ def _launch_bwd(
     weight: Tensor | None,
     dx_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
-    sums: list[bool],
+    sums: tuple[bool, ...],
     sums_dtype: torch.dtype,
     dropout_p: float,
     seed: Tensor | None,
@@ -127,7 +127,7 @@ class _LayerNorm(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
         dx, dresidual, totals = layer_norm_bwd(
             dy, z, statistics, weight, x_dtype, residual_dtype if need_residual else None,
-            [need_weight, need_bias, need_input_bias],
+            (need_weight, need_bias, need_input_bias),
             one_dtype(weight_dtype, bias_dtype, ctx.input_bias_dtype), ctx.dropout_p, seed,
         )  # fmt: skip
         total = iter(totals)

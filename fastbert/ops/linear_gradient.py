@@ -73,7 +73,10 @@ def split_gradient(
 ) -> list[Tensor | None]:
     """The gradient of parameters that were joined, as one for each that wants it, in its dtype."""
     parts = gradient.to(one_dtype(*dtypes)).split(sizes)
-    return [g.to(t) if n else None for g, t, n in zip(parts, dtypes, needed, strict=True)]
+    return [
+        (g if g.dtype is t else g.to(t)) if n else None
+        for g, t, n in zip(parts, dtypes, needed, strict=True)
+    ]
 
 
 class _Linear(torch.autograd.Function):

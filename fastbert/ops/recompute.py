@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .registry import define
+from .repeated import Run, once
 
 __all__ = ["kept", "remade", "remember"]
 
@@ -48,9 +49,9 @@ def kept(x: Tensor) -> tuple[Tensor | None, ...]:
     return tensors if version == x._version else (x,)
 
 
-def remade(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
+def remade(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, run: Run = once) -> Tensor:
     """The rows ``[M, N]`` for which `kept` gave these tensors, contiguous in the last dimension."""
     if len(tensors) == 1:
         x = tensors[0]
         return x.reshape(-1, x.shape[-1]).to(dtype)
-    return _layer_norm_again(*tensors, dtype)
+    return run(_layer_norm_again, *tensors, dtype)

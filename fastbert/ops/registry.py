@@ -17,7 +17,7 @@ __all__ = ["define", "takes_launches"]
 
 _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 # Arguments that nobody has to be asked about: no fake, distributed or otherwise wrapped tensor.
-_ORDINARY = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, list, torch.dtype))
+_ORDINARY = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, torch.dtype))
 
 
 def define(schema: str, launch: Callable, fake: Callable) -> Callable:

@@ -52,7 +52,7 @@ _PARTS = {
         ("families.model", "examine", "what is in the model", 0),
         ("families.model", "make_batch", "packed batch", 0),
         ("families.model", "embed_rows", "embeddings", 0),
-        ("families.model", "encode_layer", "layers, forward", 0),
+        ("families.model", "train_layers", "layers, forward", 0),
         ("workbench.host", "_backward", "backward", 0),
     ),
 }
