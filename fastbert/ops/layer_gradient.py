@@ -152,7 +152,9 @@ def _attention_fwd(x, half: _Attention, seeds, tensors, source, run: Run):
     return results, saved, _Kept(half, dtype, x.dtype, _dtypes(tensors), parts)
 
 
-def _attention_bwd(dy, saved, knows: _Kept, needs: tuple[bool, ...], run: Run) -> _Gradients:
+def _attention_bwd(
+    dy, saved, knows: _Kept, needs: tuple[bool, ...], run: Run, run_source: Run
+) -> _Gradients:
     weight, norm_weight, qkv, context, lse, z, statistics, *rest = saved
     attention_seed, seed, wq, wk, wv, *source = rest
     half, dtype, dtypes = knows.half, knows.dtype, knows.dtypes
@@ -171,7 +173,7 @@ def _attention_bwd(dy, saved, knows: _Kept, needs: tuple[bool, ...], run: Run) -
         )  # fmt: skip
         dqkv = dqkv.flatten(1)
         if any(needs[:3]):
-            dweight = dqkv.t() @ remade(tuple(source), dtype, run)
+            dweight = dqkv.t() @ remade(tuple(source), dtype, run_source)
             dweights = split_gradient(dweight, knows.parts, dtypes[:3], needs[:3])
         if any(needs[3:6]):
             dbiases = split_gradient(dqkv.sum(0), knows.parts, dtypes[3:6], needs[3:6])
@@ -241,7 +243,9 @@ class _AttentionHalf(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         need_x, _, _, *needs = ctx.needs_input_grad
-        dx, *gradients = _attention_bwd(dy, ctx.saved_tensors, ctx.knows, (need_x, *needs), once)
+        dx, *gradients = _attention_bwd(
+            dy, ctx.saved_tensors, ctx.knows, (need_x, *needs), once, once
+        )
         return dx, None, None, *gradients
 
 
@@ -291,14 +295,15 @@ class _Layer(torch.autograd.Function):
         need_x, _, _, _, _, *needs = ctx.needs_input_grad
         saved, (first, second) = ctx.saved_tensors, ctx.knows
         dy = dy.contiguous()  # as that of every other layer
-        run = ctx.repeats.start(dy, need_x, *needs, *ctx.source)
+        run = ctx.repeats.start(dy, need_x, *needs)
         in_first = need_x, *needs[:10]
         dinner, *behind = _feed_forward_bwd(
             dy, saved[ctx.count :], second, (any(in_first), *needs[10:]), run
         )
         before = [None] * 11
         if dinner is not None:
-            before = _attention_bwd(dinner, saved[: ctx.count], first, in_first, run)
+            run_source = ctx.repeats.start(dy, *ctx.source)  # below may be no layer
+            before = _attention_bwd(dinner, saved[: ctx.count], first, in_first, run, run_source)
         return before[0], *(None,) * 4, *before[1:], *behind
 
 

@@ -107,36 +107,36 @@ class Repeats:
     """What layers that are alike call, one layer after the other, forward and then backward."""
 
     def __init__(self):
-        self._steps: dict[tuple, list[Repeated]] = {}
+        self._steps: dict[tuple, dict[tuple, Repeated]] = {}
 
     def start(self, x: Tensor, *facts: Any) -> Run:
         """How to call functions for one layer in one direction.
 
         Args:
             x: its rows, or the gradient of its result.
-            facts: all that what is called, and on what dtypes, depends on.
+            facts: all that dtypes and other arguments of what is called depend on.
         """
         if not takes_launches((x,)):
             return once
         key = get_ident(), x.dtype, *facts
         steps = self._steps.get(key)
         if steps is None:
-            steps = self._steps[key] = []
+            steps = self._steps[key] = {}
         return _Steps(steps)
 
 
 class _Steps:
-    """Calls functions in an order that is the same for each layer."""
+    """Calls functions for one layer: a function's second call there is as other layers' second."""
 
-    __slots__ = ("_at", "_steps")
+    __slots__ = ("_calls", "_steps")
 
-    def __init__(self, steps: list[Repeated]):
-        self._steps, self._at = steps, 0
+    def __init__(self, steps: dict[tuple, Repeated]):
+        self._steps = steps
+        self._calls: dict[Callable, int] = {}
 
     def __call__(self, function: Callable, *args: Any) -> Any:
-        if self._at == len(self._steps):
-            self._steps.append(Repeated(function, fresh=True))
-        step = self._steps[self._at]
-        assert step.function is function, "layers that are alike call the same functions"
-        self._at += 1
+        number = self._calls[function] = self._calls.get(function, 0) + 1
+        step = self._steps.get((function, number))
+        if step is None:
+            step = self._steps[function, number] = Repeated(function, fresh=True)
         return step(*args)
