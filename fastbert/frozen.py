@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .encoder import Layers, LayerWeights, Linear, encode_layers, encode_on_onednn
+from .encoder import encode_layers, encode_on_onednn
 from .ops import onednn
 from .ops.linear import plain_on_cpu, rows_on_onednn
 from .packing import PackedBatch, PaddedBatch
+from .weights import Layers, LayerWeights, Linear
 
 __all__ = ["Frozen"]
 

@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .encoder import Layers, encode_layers
+from .encoder import encode_layers
 from .ops.inference import only_kernels
 from .packing import PackedBatch, PaddedBatch, capturing
+from .weights import Layers
 
 __all__ = ["Bucket", "CudaGraphs", "bucket_of"]
 

@@ -14,6 +14,7 @@ RANKS = {
     "fastbert/packing.py": 1,
     "fastbert/ops": 2,
     "fastbert/testing.py": 2,
+    "fastbert/weights.py": 2,
     "fastbert/encoder.py": 3,
     "fastbert/frozen.py": 3,
     "fastbert/graphs.py": 3,

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
-from ..encoder import Linear, normalised
+from ..encoder import normalised
 from ..ops.embedding import check_range
 from ..packing import PackedBatch, PaddedBatch
+from ..weights import Linear
 from . import modules
 from .family import EmbeddingParts
 from .obstacle import say_once

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import ModelOutput
 
 from .. import ops
-from ..encoder import Linear, Norm
 from ..ops.cross_entropy import at_least_one, labelled_rows, summed_cross_entropy
 from ..ops.reference import splade_ref
 from ..packing import PackedBatch
+from ..weights import Linear, Norm
 from . import known, modules
 from .drop_in import twin_of
 from .family import VocabularyHead

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, output_capturing
 from transformers.utils.output_capturing import _active_collector
 
-from ..encoder import LayerWeights, encode_layer, encode_layers, normalised, train_layers
+from ..encoder import encode_layer, encode_layers, normalised, train_layers
 from ..ops.backend import backend, forced
 from ..packing import PackedBatch, PaddedBatch
+from ..weights import LayerWeights
 from . import known, modules
 from .drop_in import DropIn, twin_of
 from .family import Family

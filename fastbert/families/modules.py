@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import activations
 
-from ..encoder import Linear, Norm, Projection, Stacked
 from ..ops.backend import resolve
+from ..weights import Linear, Norm, Projection, Stacked
 from . import known
 
 __all__ = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..encoder import Layers, LayerWeights
+from ..weights import Layers, LayerWeights
 from . import known
 from .obstacle import Found, is_remembered
 
