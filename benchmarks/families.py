@@ -8,6 +8,7 @@ check that ours is as exact. ``1 / fill`` is what leaving padding out would come
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Compared(NamedTuple):
         attention: what transformers runs.
         fill: share of the positions that are tokens.
         ratio: how many times as long transformers takes, the median over rounds.
+        rounds: in each of which both are timed.
     """
 
     model_type: str
@@ -99,17 +101,26 @@ def compare(model_type: str, *, seconds: float = 15.0, device: str = "auto") -> 
 
 
 def main() -> None:
-    """Print a line for each family."""
+    """Print a line for each family.
+
+    What ``--json`` prints may go to ``benchmarks/results/families-*.jsonl``, of which the newest is
+    in README.md.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("families", nargs="*", default=MODEL_TYPES, help="default: all")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each family")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     device = resolve_device(options.device).type
     facts = machine_facts(device)
-    print(f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}")
+    if not options.json:
+        print(f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}")
     for model_type in options.families:
         found = compare(model_type, seconds=options.seconds, device=options.device)
+        if options.json:
+            print(json.dumps({**found._asdict(), "machine": facts}), flush=True)
+            continue
         print(
             f"{model_type:>14}: {found.ratio:.2f}x {found.attention}, {found.rounds} rounds; "
             f"1 / fill is {1 / found.fill:.2f}"

@@ -43,16 +43,17 @@ _NOT_MEASURED = {
     "shared memory and\nmatrix instructions, and their results are tested; no figure for a GPU is "
     "claimed.",
     "host": "Not measured yet.",
+    "families": "Not measured yet.",
 }
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
     """README text with its tables made from the newest result file of each kind of device."""
-    for kind in ("cpu", "cuda", "host"):
+    written = {"cpu": _tables, "cuda": _tables, "host": _host_table, "families": _families_table}
+    for kind, table in written.items():
         block = re.compile(rf"(<!-- {kind}-table:begin -->\n).*?(<!-- {kind}-table:end -->)", re.S)
         files = sorted(results.glob(f"{kind}-*.json*"))
-        written = _host_table if kind == "host" else _tables
-        body = written(files[-1]) if files else _NOT_MEASURED[kind]
+        body = table(files[-1]) if files else _NOT_MEASURED[kind]
         text, count = block.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
         assert count == 1, f"README.md has no place for the {kind} table"
     return text
@@ -121,6 +122,27 @@ def _host_table(path: Path) -> str:
     caption = (
         f"{m['device']}, python {m['python']}, torch {m['torch']}, triton {m['triton']}; "
         f"{m['date']}, `benchmarks/results/{path.name}`."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _families_table(path: Path) -> str:
+    """Of what ``python -m fastbert.benchmarks.families --json`` printed, a line a family."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = [
+        "| family | transformers runs | fastbert, frozen | padding left out |",
+        "|---" * 4 + "|",
+    ]
+    lines += [
+        f"| {row['model_type']} | {row['attention']} | **{row['ratio']:.2f}x** "
+        f"| {1 / row['fill']:.2f}x |"
+        for row in rows
+    ]
+    m = rows[0]["machine"]
+    caption = (
+        f"{m['device']}, {m['instruction_set']}, {m['threads']} threads, float32; "
+        f"torch {m['torch']}, transformers {m['transformers']}; {m['date']}, "
+        f"`benchmarks/results/{path.name}`."
     )
     return "\n".join([*lines, "", caption])
 

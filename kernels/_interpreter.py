@@ -65,7 +65,8 @@ def _mend_arithmetic() -> None:
             _to_fp32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32)
             for t in (a, b)
         )
-        product = (torch.from_numpy(x) @ torch.from_numpy(y)).numpy()
+        with torch.autocast("cpu", enabled=False):
+            product = (torch.from_numpy(x) @ torch.from_numpy(y)).numpy()
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     def new_cast_impl(self, src, dst):

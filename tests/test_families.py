@@ -1,6 +1,7 @@
 """Every family and every head of it against transformers, from the one list of families."""
 
 import inspect
+import json
 import pickle
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fastbert.benchmarks.readme import rendered
 from forked import forked
 from test_model_parity import FLAGS, MASKS, check
 from tiny import RIGHT, specified_by
@@ -108,13 +110,19 @@ def test_the_table_in_the_readme_is_what_the_registry_says():
 
 
 @pytest.mark.slow
-def test_families_are_compared_behind_a_check():
+def test_families_are_compared_behind_a_check(tmp_path):
     program = "import runpy; runpy.run_module('fastbert.benchmarks.families', None, '__main__')"
-    done = forked(program, "--seconds", "0", "--device", "cpu", "distilbert", "mpnet")
+    options = "--seconds", "0", "--device", "cpu"
+    done = forked(program, *options, "distilbert")
     assert done.returncode == 0, done.stderr[-2000:]
-    _, distilbert, mpnet = done.stdout.splitlines()
+    _, distilbert = done.stdout.splitlines()
     assert re.search(r"distilbert: [\d.]+x sdpa, 5 rounds; 1 / fill is 1.98", distilbert)
-    assert re.search(r"mpnet: [\d.]+x eager, 5 rounds", mpnet)
+    done = forked(program, *options, "mpnet", "--json")
+    found = json.loads(done.stdout)
+    assert (found["model_type"], found["attention"], found["rounds"]) == ("mpnet", "eager", 5)
+    (tmp_path / "families-1.jsonl").write_text(done.stdout, "utf-8")
+    written = rendered((Path(__file__).parents[1] / "README.md").read_text("utf-8"), tmp_path)
+    assert f"| mpnet | eager | **{found['ratio']:.2f}x** | 1.98x |" in written
 
 
 @pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
