@@ -106,6 +106,7 @@ def gradients(of: nn.Module, **options) -> list[torch.Tensor | None]:
 FROZEN = {
     "frozen": lambda layer: layer.attention.self.requires_grad_(False),
     "a query alone": lambda layer: layer.attention.self.query.requires_grad_(False),
+    "a norm alone": lambda layer: layer.attention.output.LayerNorm.requires_grad_(False),
 }
 
 
