@@ -120,7 +120,7 @@ def _trained_tensors_of(weights: LayerWeights) -> tuple[Tensor | None, ...] | No
         and all(isinstance(x, Norm) for x in norms)
         and isinstance(weights.activation, str)
     )
-    if not known or weights.pre_norm or weights.unfused:
+    if not known or weights.pre_norm:
         return None
     width = weights.attention_output.weight.shape[:1]
     rows = (weights.attention_output.bias, weights.output.bias, *norms[0][:2], *norms[1][:2])
