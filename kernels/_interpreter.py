@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter right for bf16 and fma, and quicker: for tests and the workbench.
+"""Makes Triton's interpreter right for bf16 and fma: for tests and the workbench.
 
 The interpreter keeps bf16 as uint16 and multiplies those bit patterns, truncates where a GPU
 rounds to nearest even, and says nothing (triton issue 11584). Casts and ``tl.dot`` are mended
@@ -11,12 +11,12 @@ It also looks through ``triton.language`` again at every call of a jitted helper
 will do.
 """
 
-import inspect
-
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from . import _interpreter_quick
 
 
 def _to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -46,8 +46,9 @@ def _mend_arithmetic() -> None:
     binary_op, unary_op, dot = builder.binary_op, builder.unary_op, builder.create_dot
 
     def refuse(*handles):
-        if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
-            raise TypeError("arithmetic on bf16: cast to tl.float32 first")
+        for handle in handles:
+            if handle.dtype.scalar == tl.bfloat16:
+                raise TypeError("arithmetic on bf16: cast to tl.float32 first")
 
     def new_binary_op(self, lhs, rhs, op):
         refuse(lhs, rhs)
@@ -91,33 +92,6 @@ def _mend_arithmetic() -> None:
     )
 
 
-def _patch_language_once_per_launch() -> None:
-    original = interpreter._patch_lang
-    languages_of: dict[int, frozenset[int]] = {}
-    patched: set[int] = set()
-    scopes: list = []
-
-    class _Outer:
-        def restore(self):
-            for scope in reversed(scopes):
-                scope.restore()
-            scopes.clear()
-            patched.clear()
-
-    def patch_lang(fn):
-        module = fn.__globals__
-        if id(module) not in languages_of:
-            languages_of[id(module)] = frozenset(
-                id(v) for v in module.values() if inspect.ismodule(v) and v in (tl, tl.core)
-            )
-        if not languages_of[id(module)] <= patched:
-            patched.update(languages_of[id(module)])
-            scopes.append(original(fn))
-        return _Outer()
-
-    interpreter._patch_lang = patch_lang
-
-
 _installed = False
 
 
@@ -128,4 +102,4 @@ def install() -> None:
         return
     _installed = True
     _mend_arithmetic()
-    _patch_language_once_per_launch()
+    _interpreter_quick.install()

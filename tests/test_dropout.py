@@ -275,10 +275,19 @@ def test_seeds_of_a_layer_are_as_good_as_single_ones(device):
 
 
 def test_no_two_places_of_a_model_drop_by_one_seed(device, monkeypatch):
-    from fastbert.kernels import attention, layernorm
+    from fastbert.kernels import _launch, attention, layernorm
     from tiny import inputs_for, tiny_config
 
     seeds = []
+    make_again = _launch.Again.__call__
+
+    def again(self, *tensors):
+        for slot in self._slots:
+            if (tensor := tensors[slot.tensor]).dtype == torch.int64:
+                seeds.append(tensor.flatten()[slot.offset // 8].item())
+        make_again(self, *tensors)
+
+    monkeypatch.setattr(_launch.Again, "__call__", again)
     for module in (attention, layernorm):  # in forward alone: backward has them again
         launch = module.launch
         monkeypatch.setattr(
