@@ -10,6 +10,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     # The interpreter makes many tiny numpy products; threads would only fight over them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, or the workers fight over them
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

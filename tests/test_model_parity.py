@@ -49,12 +49,20 @@ def flatten(output, real: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return flat
 
 
-def check(output, theirs, real, name, **inputs):
-    """Every tensor of an output against that of transformers' model."""
-    specification, parameters = specified_by(
-        theirs, lambda output: list(flatten(output, real).values()), **inputs
-    )
-    assert_matches(list(flatten(output, real).values()), specification, parameters, name)
+def check(output, theirs, real, name, *others, **inputs):
+    """Every tensor of an output against that of transformers' model.
+
+    So is every tensor of other outputs, which need not have all of them.
+    """
+    flat = [flatten(o, real) for o in (output, *others)]
+
+    def read(expected):
+        expected = flatten(expected, real)
+        assert expected.keys() == flat[0].keys()
+        return [expected[key] for found in flat for key in found]
+
+    specification, parameters = specified_by(theirs, read, **inputs)
+    assert_matches([t for found in flat for t in found.values()], specification, parameters, name)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_neighbours_are_an_ulp_away():
     given = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf, math.nan, 3e38, 1e-40] * 50)
     for dtype in (*DTYPES, torch.float64):
         x = given.to(dtype)
-        near = testing._neighbour(x, generator)
+        near = testing._neighbours([x], generator)[0]
         assert near.dtype == dtype
         ends = torch.tensor([math.inf, -math.inf], dtype=dtype)
         up, down = (torch.nextafter(x.float(), end.float()) for end in ends)
@@ -126,9 +126,10 @@ def test_neighbours_are_an_ulp_away():
         unchanged = ~x.isfinite() | (x == 0)
         assert torch.equal(near[unchanged].nan_to_num(7.0), x[unchanged].nan_to_num(7.0))
         assert near[x.isfinite()].isfinite().all()
-    ids, mask = torch.arange(3), torch.tensor([True, False])
-    assert testing._neighbour(ids, generator) is ids and testing._neighbour(mask, generator) is mask
-    assert testing._neighbour("gelu", generator) == "gelu"
+    others = [torch.arange(3), torch.tensor([True, False]), "gelu"]
+    mixed = testing._neighbours([given.half(), *others, given.view(2, 4, -1)], generator)
+    assert all(a is b for a, b in zip(mixed[1:4], others, strict=True))
+    assert mixed[0].dtype == torch.float16 and mixed[4].shape == (2, 4, 50)
 
 
 def test_what_cannot_be_judged_is_an_error():

@@ -58,7 +58,11 @@ def specified_by(model: torch.nn.Module, read: Callable, **inputs) -> tuple[Call
         read: output -> the tensors that are compared.
         inputs: of the model; floating-point ones follow the dtype of the parameters.
     """
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    # Every name of a weight that is shared, so that nobody need look for it in each call.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = list(dict.fromkeys(named.values()))
+    place = {parameter: i for i, parameter in enumerate(parameters)}
+    places = {name: place[parameter] for name, parameter in named.items()}
 
     def specification(*given: torch.Tensor) -> list[torch.Tensor]:
         dtype = given[0].dtype
@@ -66,7 +70,8 @@ def specified_by(model: torch.nn.Module, read: Callable, **inputs) -> tuple[Call
             k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
             for k, v in inputs.items()
         }
-        return read(functional_call(model, dict(zip(names, given, strict=True)), kwargs=cast))
+        weights = {name: given[i] for name, i in places.items()}
+        return read(functional_call(model, weights, kwargs=cast, tie_weights=False))
 
     return specification, [p.detach() for p in parameters]
 
