@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, or the workers fight o
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items):
         backend = hasattr(item, "callspec") and item.callspec.params.get("each_backend")
         if backend == "triton" and item.get_closest_marker("slow_on_kernels"):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    # What was imported stays: no collection need look at it again, and Trainer asks for many.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

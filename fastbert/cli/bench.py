@@ -34,6 +34,10 @@ def run(
     provider: Annotated[
         list[str] | None, typer.Option(help="Only these providers; may be given several times.")
     ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="Only workloads with this in their name; may be given several times."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Timed rounds per workload.")] = 5.0,
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds after which no workload is started any more.")
@@ -60,31 +64,38 @@ def run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"-o: expected a folder, {output} is a file")
-    known = {p for w in workloads(device, suite) for p in w.providers}
+    every = workloads(device, suite)
+    todo = [w for w in every if not workload or any(part in w.id for part in workload)]
+    if not todo:
+        raise typer.BadParameter(
+            f"--workload: no name in suite {suite} has {' or '.join(workload or ())} in it; "
+            f"there are {', '.join(w.id for w in every)}"
+        )
+    known = {p for w in todo for p in w.providers}
     unknown = set(provider or ()) - known
     if unknown:
         raise typer.BadParameter(
-            f"--provider: {', '.join(sorted(unknown))} does not occur in suite {suite}; "
+            f"--provider: {', '.join(sorted(unknown))} does not occur there; "
             f"expected some of {', '.join(sorted(known))}"
         )
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as bar:
-        todo = workloads(device, suite)
-        task = bar.add_task(str(todo[0]) if todo else "", total=len(todo))
+        task = bar.add_task(str(todo[0]), total=len(todo))
 
-        def progress(i, count, workload, entries):
+        def progress(i, count, measured, entries):
             following = str(todo[i + 1]) if i + 1 < count else "reports"
             bar.update(task, completed=i + 1, description=following)
             for entry in entries:
                 if getattr(entry, "failed", False):
-                    errors.print(f"[red]{workload}: {entry.reason}[/red]")
+                    errors.print(f"[red]{measured}: {entry.reason}[/red]")
 
         try:
             results = run_suite(
                 suite,
                 output,
                 device=device,
+                chosen=todo,
                 seconds=seconds,
                 time_budget=time_budget,
                 providers=provider or None,

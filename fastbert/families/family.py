@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -50,20 +49,23 @@ class LayerParts:
     chunks: str = ""
     pre_norm: bool = False
 
-    @cached_property
-    def _places(self) -> dict[str, str]:
-        settings = ("chunks", "pre_norm")
-        names = (name for name in self.__dataclass_fields__ if name not in settings)
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    _places: dict[str, str] = field(init=False, repr=False, compare=False)
+    # The way to each owner, and what it holds: names here and there.
+    _steps: list[tuple[list[str], list[tuple[str, str]]]] = field(
+        init=False, repr=False, compare=False
+    )
 
-    @cached_property
-    def _steps(self) -> list[tuple[list[str], list[tuple[str, str]]]]:
-        """The way to each owner, and what it holds: names here and there."""
+    def __post_init__(self):  # at once: a compiler cannot follow what is found out later and kept
+        settings = ("chunks", "pre_norm", "_places", "_steps")
+        names = (name for name in self.__dataclass_fields__ if name not in settings)
+        places = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         by_owner: dict[str, list[tuple[str, str]]] = {}
-        for name, path in self._places.items():
+        for name, path in places.items():
             owner, _, last = path.rpartition(".")
             by_owner.setdefault(owner, []).append((name, last))
-        return [(owner.split(".") if owner else [], held) for owner, held in by_owner.items()]
+        steps = [(owner.split(".") if owner else [], held) for owner, held in by_owner.items()]
+        object.__setattr__(self, "_places", places)
+        object.__setattr__(self, "_steps", steps)
 
     def of(self, layer: nn.Module) -> dict[str, Any]:
         """The parts of a layer, under the names above."""

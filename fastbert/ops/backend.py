@@ -86,8 +86,9 @@ def unavailable(device_type: str, index: int | None = None) -> str | None:
 
 
 # torch.compiler.assume_constant_result, without importing the compiler: probing is not for it to
-# trace, in a process whose first call is a compiled one.
+# trace, in a process whose first call is a compiled one, nor a reason to compile anew.
 unavailable._dynamo_marked_constant = True
+_from_environment._dynamo_marked_constant = True
 
 
 def _probe(device_type: str, index: int | None) -> str | None:
