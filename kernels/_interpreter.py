@@ -95,9 +95,16 @@ def _mend_arithmetic() -> None:
 _installed = False
 
 
-def install() -> None:
-    """Mend the interpreter of this process; once is enough."""
+def install(*, strict: bool = False) -> None:
+    """Mend the interpreter of this process; once is enough.
+
+    Args:
+        strict: whether int32 that overflows is an error, as in tests; somebody else's kernel may
+            count on it.
+    """
     global _installed
+    if strict:
+        _interpreter_quick.refuse_overflow()
     if _installed:
         return
     _installed = True

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and fakes.py, beside t
 if HAS_TRITON and not HAS_GPU:
     from fastbert.kernels import _interpreter
 
-    _interpreter.install()
+    _interpreter.install(strict=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by marks

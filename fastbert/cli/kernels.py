@@ -407,7 +407,7 @@ def _kernels_can_run() -> str:
     _needs_triton()
     from ..kernels import _interpreter
 
-    _interpreter.install()
+    _interpreter.install(strict=True)
     return "cpu"
 
 
