@@ -92,6 +92,17 @@ def _mend_arithmetic() -> None:
     )
 
 
+def _mend_indices() -> None:
+    """Of loop bounds that are values: triton 3.6 converts arrays, which newer numpy refuses."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
 _installed = False
 
 
@@ -109,4 +120,5 @@ def install(*, strict: bool = False) -> None:
         return
     _installed = True
     _mend_arithmetic()
+    _mend_indices()
     _interpreter_quick.install()
