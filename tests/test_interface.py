@@ -76,6 +76,24 @@ def test_gradients(on_torch):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_for_any_mask(name, on_torch):
+    theirs, ours = both(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for mask in (RIGHT, RIGHT.flip(1), torch.ones_like(RIGHT)):
+        inputs = {"input_ids": IDS, "attention_mask": mask}
+        real = mask.bool()
+
+        def read(output, real=real):
+            return [output.last_hidden_state[real]]
+
+        specification, parameters = specified_by(theirs, read, **inputs)
+        with torch.no_grad():
+            assert_matches(read(compiled(**inputs)), specification, parameters, name)
+
+
 def test_what_is_not_an_encoders_attention_is_refused(on_torch):
     sizes = {**SIZES, "pad_token_id": 0}
     decoder = transformers.LlamaModel(transformers.LlamaConfig(**sizes))

@@ -29,7 +29,14 @@ _batches: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def register_attention() -> None:
     """Make ``attn_implementation="fastbert"`` known to transformers, for this process."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)  # which hands on the padding
+    AttentionMaskInterface.register(NAME, _padding_mask)
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Hands on the padding; transformers' own looks whether there is any, which no graph can."""
+    if attention_mask is not None and torch.compiler.is_compiling():
+        return attention_mask
+    return flash_attention_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def attend(
@@ -71,6 +78,12 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    if attention_mask is not None and torch.compiler.is_compiling():  # shapes must not depend on it
+        real = _checked(attention_mask).bool()
+        context = ops.attention(
+            query, key, value, key_mask=real, scale=scaling, dropout_p=dropout
+        ).transpose(1, 2)
+        return context * real[:, :, None, None], None
     batch = _batch_of(attention_mask, query)
     rows = (batch.pack(t.transpose(1, 2)) for t in (query, key, value))
     context = ops.attention_varlen(*rows, batch, scale=scaling, dropout_p=dropout)
@@ -80,16 +93,18 @@ def attend(
 def _batch_of(mask: Tensor | None, query: Tensor) -> PackedBatch:
     if mask is None:
         return PackedBatch.dense(query.shape[0], query.shape[2], query.device)
+    # transformers makes a tensor of its own of the mask in every call: nobody writes to it.
+    version = -1 if _checked(mask).is_inference() else mask._version
+    found = _batches.get(mask)
+    if found is None or found[0] != version:
+        found = _batches[mask] = (version, PackedBatch.from_mask(mask, query.device))
+    return found[1]
+
+
+def _checked(mask: Tensor) -> Tensor:
     if mask.dim() != 2:
         raise NotImplementedError(
             f"attn_implementation={NAME!r}: expected a mask [batch, length] for padding, got "
             f"{tuple(mask.shape)}; use 'sdpa'"
         )
-    if torch.compiler.is_compiling():
-        return PackedBatch.from_mask(mask, query.device)
-    # transformers makes a tensor of its own of the mask in every call: nobody writes to it.
-    version = -1 if mask.is_inference() else mask._version
-    found = _batches.get(mask)
-    if found is None or found[0] != version:
-        found = _batches[mask] = (version, PackedBatch.from_mask(mask, query.device))
-    return found[1]
+    return mask
