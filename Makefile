@@ -15,7 +15,7 @@ help:
 	@echo "make pretrain-example    real text to a masked language model, in about ten minutes"
 	@echo "make generate-example    real text to a masked language model that fills and writes, in about two"
 	@echo "make finetune-examples    real and written texts to six fine-tuned models, in about ten"
-	@echo "make test    the whole test suite, in fifteen to twenty minutes on two cores"
+	@echo "make test    the whole test suite, in ten to twenty minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its classes, over ours, in five"
 	@echo "make quick   the part of it to run while you work, in two"
 	@echo "make bench   fastbert against everything else that runs here, in about ten minutes"

@@ -30,8 +30,7 @@ ALONE = """
 import importlib.util
 import fastbert.benchmarks.shapes
 import fastbert.kernels._tiles as tiles
-from transformers import BertModel
-print(tiles.__name__, BertModel.__name__, importlib.util.find_spec("kernels") is None)
+print(tiles.__name__, importlib.util.find_spec("kernels") is None)
 """
 
 
@@ -87,8 +86,8 @@ def test_kernels_are_ours_and_theirs_stay_theirs(mode, source, tmp_path):
 
     places = [source] if mode == "not installed" else [source, tmp_path]
     alone = run(python, "-c", ALONE, cwd=places[-1])
-    *names, absent = alone.split()
-    assert names == ["fastbert.kernels._tiles", "BertModel"]
+    name, absent = alone.split()
+    assert name == "fastbert.kernels._tiles"
     if mode in ("wheel", "editable", "editable strict"):  # else the checkout itself is on the path
         assert absent == "True"
     theirs = site / "kernels"
