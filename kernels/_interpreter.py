@@ -7,8 +7,7 @@ fp32. ``tl.fma`` rounds twice there and once on a GPU; here once. In which order
 the hardware's business; numpy's adds small ones one after the other, which is three times less
 exact than the library that results are compared with, so here it is that library's.
 
-It also looks through ``triton.language`` again at every call of a jitted helper; once per launch
-will do.
+How it becomes quick stands in `_interpreter_quick`.
 """
 
 import numpy as np

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import pickle
 import signal
 
 import pytest
 from fakes import FakeClock, FixedClock, workload_apart, workload_of
 from fastbert.benchmarks import apart, session
 from fastbert.benchmarks.apart import Apart
+from fastbert.benchmarks.catalogue import SUITES, workloads
 from fastbert.benchmarks.results import Measurement
 from fastbert.benchmarks.timing import WallClock
 from fastbert.benchmarks.workload import OURS, Started, measure
@@ -43,6 +45,13 @@ def test_every_provider_of_a_model_has_a_process_of_its_own_while_it_lasts(monke
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
+
+
+def test_every_model_of_every_suite_can_be_sent_to_a_process():
+    sent = [w for suite in SUITES for w in workloads("cpu", suite) if w.level == "model"]
+    assert len({w.op for w in sent}) > 4
+    for workload in sent:
+        assert pickle.loads(pickle.dumps(workload)) == workload
 
 
 def test_models_on_a_cpu_are_measured_apart_and_kernels_here(monkeypatch):

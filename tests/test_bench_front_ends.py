@@ -17,18 +17,13 @@ from typer.testing import CliRunner
 from fastbert.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDED = max((ROOT / "benchmarks/results").glob("cpu-*.json"))
 QUICK = ("--suite", "smoke", "--seconds", "0.05")
-PROVIDERS = (
-    "--provider",
-    "fastbert",
-    "--provider",
-    "torch eager",
-    "--provider",
-    "transformers sdpa",
-)
+NAMES = ("fastbert", "torch eager", "transformers sdpa")
+PROVIDERS = [part for name in NAMES for part in ("--provider", name)]
 CHOSEN = ("--workload", "softmax", "--workload", "latency/tiny")
 COUNT = sum(
-    len(w.among(PROVIDERS[1::2]))
+    len(w.among(NAMES))
     for w in workloads("cpu", "smoke")
     if any(part in w.id for part in CHOSEN[1::2])
 )
@@ -40,9 +35,6 @@ def command(*args: str):
 
 def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\x20-\x7e]", " ", text).split())
-
-
-RECORDED = max((ROOT / "benchmarks/results").glob("cpu-*.json"))
 
 
 @pytest.mark.slow

@@ -96,6 +96,13 @@ def test_integers_that_overflow_are_an_error(operation):
             assert found[0] is OverflowError
 
 
+def test_overflow_is_an_error_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(type(QUICK), "refuses_overflow", False)
+    args = tensor(tl.int32, (4,)), 2**31 - 1, True
+    with np.errstate(over="ignore"):
+        assert outcome(QUICK, "add", *args) == outcome(TRITONS, "add", *args)
+
+
 def test_a_type_is_one_object():
     assert tl.block_type(tl.float32, [2, 4]) is tl.block_type(tl.float32, [2, 4])
     assert tl.block_type(tl.float32, [2, 4]) == tl.block_type(tl.float32, [tl.constexpr(2), 4])

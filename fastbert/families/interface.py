@@ -75,11 +75,16 @@ def attend(
             f"attn_implementation={NAME!r}: expected an encoder's full self-attention, got "
             f"{', '.join(asked)} in a {type(module).__name__}; use 'sdpa'"
         )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r}: expected a mask [batch, length] for padding, got "
+            f"{tuple(attention_mask.shape)}; use 'sdpa'"
+        )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     if attention_mask is not None and torch.compiler.is_compiling():  # shapes must not depend on it
-        real = _checked(attention_mask).bool()
+        real = attention_mask.bool()
         context = ops.attention(
             query, key, value, key_mask=real, scale=scaling, dropout_p=dropout
         ).transpose(1, 2)
@@ -94,17 +99,8 @@ def _batch_of(mask: Tensor | None, query: Tensor) -> PackedBatch:
     if mask is None:
         return PackedBatch.dense(query.shape[0], query.shape[2], query.device)
     # transformers makes a tensor of its own of the mask in every call: nobody writes to it.
-    version = -1 if _checked(mask).is_inference() else mask._version
+    version = -1 if mask.is_inference() else mask._version
     found = _batches.get(mask)
     if found is None or found[0] != version:
         found = _batches[mask] = (version, PackedBatch.from_mask(mask, query.device))
     return found[1]
-
-
-def _checked(mask: Tensor) -> Tensor:
-    if mask.dim() != 2:
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r}: expected a mask [batch, length] for padding, got "
-            f"{tuple(mask.shape)}; use 'sdpa'"
-        )
-    return mask
