@@ -198,11 +198,11 @@ ALIKE_OR_NOT = [None, "a bias", "a module", "the scale", "an eps", "the activati
 @pytest.mark.parametrize("change", [*ALIKE_OR_NOT, "dropout", *FROZEN])
 def test_kernels_are_launched_for_each_layer_as_for_it_alone_in_training(change, on_kernels):
     """Forward and backward; who asks for hidden states has each layer called by itself."""
-    ours = model(on_kernels, num_hidden_layers=4).train()
+    ours = model(on_kernels, num_hidden_layers=3).train()
     if change is not None:
-        {**CHANGES, **FROZEN, "dropout": lambda layer: layer.eval()}[change](ours.encoder.layer[2])
+        {**CHANGES, **FROZEN, "dropout": lambda layer: layer.eval()}[change](ours.encoder.layer[1])
     found, expected = gradients(ours), gradients(ours, output_hidden_states=True)
-    assert sum(g is not None for g in found) > 60
+    assert sum(g is not None for g in found) > 45
     for one, other in zip(found, expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
