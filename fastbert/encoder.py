@@ -326,10 +326,11 @@ def _attend(
         seed = None  # torch does it, and draws for itself
     options = {"scale": weights.scale, "dropout_p": weights.attention_dropout, "seed": seed}
     unfused = {"unfused": weights.unfused}
-    if packed and attentions is None and batch.bias is None:
+    if packed and attentions is None:
         qkv = _project_together(hidden, weights)
         if qkv is not None:
-            return ops.attention_qkv(qkv, batch, **options, **unfused).flatten(1)
+            bias = None if batch.bias is None else batch.bias.to(qkv.dtype)
+            return ops.attention_qkv(qkv, batch, bias=bias, **options, **unfused).flatten(1)
     q, k, v = _project_heads(hidden, weights)
     if attentions is not None:
         shown = ops.attention_weights(q, k, batch, **options)

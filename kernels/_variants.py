@@ -144,11 +144,13 @@ def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tu
     """
     maps = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "tile_map_ptr")
     packed = (dict.fromkeys(maps, "*i32"), ("key_mask_ptr", "bias_ptr", "seed_ptr"))
+    packed_biased = ({**packed[0], "bias_ptr": None}, ("key_mask_ptr", "seed_ptr"))
     masked = ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr", "seed_ptr"))
     biased = ({"key_mask_ptr": "*i1", "bias_ptr": None}, (*maps, "seed_ptr"))
     own, bert = (16, 32, 64, 128), (64,)
     forms = {
         "packed": (*packed, (16, 32, 64, 96, 128), {}),
+        "packed, bias": (*packed_biased, own, {"stride_bias_k": 1}),
         "padded, mask": (*masked, bert if backward else (32, 64, 128), {}),
         # The compiler takes a stride of 1 as a constant.
         "padded, mask and bias": (*biased, bert, {"stride_bias_k": 1}),

@@ -2,9 +2,9 @@
 
 Two forms share every line of arithmetic. Packed: sequences one after the other, bounds from
 cumulative lengths, programs from a tile map that has one entry per tile that exists. Padded: ``[B,
-H, S, D]`` with an optional key mask and additive bias. In both, q, k and v are read with their
-strides, so that they may be views of one projection ``[T, 3, H, D]``, and the output is written as
-``[T, H, D]``.
+H, S, D]`` with an optional key mask. Either may have an additive bias. q, k and v are read with
+their strides, so that they may be views of one projection ``[T, 3, H, D]``, and the output is
+written as ``[T, H, D]``.
 
 Two bodies. Where the longest sequence's keys fit one tile (``SINGLE``) it is a plain softmax
 without rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,
@@ -29,7 +29,8 @@ from ._launch import launch
 from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
-# For backward too: load_lse, load_rows, locate, mask_scores, masked_product, strides_of, weights.
+# For backward too: for_all, load_lse, load_rows, locate, mask_scores, masked_product, strides_of,
+# weights.
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def _attention_fwd_kernel(
     lse_ptr,  # [H, T] or [B, H, S], fp32
     q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides or None
+    bias_ptr,  # [B, H, Sq, Sk] by strides or None; packed, by places in a sequence
     seed_ptr,  # [1] int64, read with dropout only
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # [B + 1] or None
     tile_map_ptr,  # [tiles, 2] or None
@@ -319,6 +320,11 @@ def strides_of(t: torch.Tensor | None) -> tuple[int, int, int]:
     return t.stride(0), t.stride(2), t.stride(1)
 
 
+def for_all(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """``[H, S, S]`` as ``[2, H, S, S]``, the same for all sequences."""
+    return None if bias is None else bias.expand(2, -1, -1, -1)
+
+
 def attention_varlen_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -331,6 +337,7 @@ def attention_varlen_fwd(
     scale: float,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed attention.
 
@@ -341,6 +348,8 @@ def attention_varlen_fwd(
         tile: from `fastbert.kernels._tiles.attention_tile` for the longest sequence.
         scale: factor for the scores, positive.
         dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
+        bias: floating ``[H, S, S]`` for all sequences, S at least the longest one's length; or
+            None.
 
     Returns:
         ``[Tq, H, D]`` contiguous, and the log-sum-exp in log2 units, fp32 ``[H, Tq]``.
@@ -350,7 +359,7 @@ def attention_varlen_fwd(
     lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
     if tile_map.shape[0] and num_heads:
         _launch(
-            out, lse, q, k, v, None, None, seed, (cu_seqlens_q, cu_seqlens_k, tile_map),
+            out, lse, q, k, v, None, for_all(bias), seed, (cu_seqlens_q, cu_seqlens_k, tile_map),
             (tile_map.shape[0], num_heads), (1, 0, 0), scale, dropout_p, tile,
         )  # fmt: skip
     return out, lse

@@ -10,7 +10,7 @@ from ._device import device_arch, input_precision
 from ._dropout import dropout_levels
 from ._launch import launch
 from ._tiles import AttentionBwdTiles, AttentionTile, attention_bwd_tiles, cdiv
-from .attention import strides_of
+from .attention import for_all, strides_of
 from .attention_bias_bwd import attention_bias_bwd
 from .attention_bwd_kernels import (
     _attention_bwd_kernel_dkdv,
@@ -38,7 +38,9 @@ def attention_varlen_bwd(
     scale: float,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-) -> None:
+    bias: torch.Tensor | None = None,
+    bias_gradient: bool = False,
+) -> torch.Tensor | None:
     """Gradients of packed attention, written into ``gradients``.
 
     Args:
@@ -49,20 +51,28 @@ def attention_varlen_bwd(
             ``tiles.dkdv.block_n``; not read where ``tiles.is_whole``.
         gradients: dq, dk, dv like q, k, v, any strides, the last 1.
         tiles: from `fastbert.kernels._tiles.attention_bwd_tiles` for the longest sequences.
-        scale, dropout_p, seed: as in forward.
+        scale, dropout_p, seed, bias: as in forward.
+        bias_gradient: whether the gradient of the bias is wanted; keys are those of the queries.
+
+    Returns:
+        The gradient of the bias, fp32 ``[H, S, S]``, if it is wanted.
     """
-    delta = torch.empty_like(lse)
-    common = _Common(do, out, q, k, v, lse, delta, None, None, seed, gradients, scale, dropout_p)
+    delta, bias = torch.empty_like(lse), for_all(bias)
+    common = _Common(do, out, q, k, v, lse, delta, None, bias, seed, gradients, scale, dropout_p)
     maps = (cu_seqlens_q, cu_seqlens_k)
     heads = q.shape[1]
-    if not heads:
-        return
-    if tiles.is_whole:
+    if heads and tiles.is_whole:
         common.launch_whole(tiles.whole, maps, (cu_seqlens_q.shape[0] - 1, heads), (0, 0))
-        return
-    # The first one makes delta for the second.
-    common.launch_dq(tiles.dq, (*maps, tile_map_q), (tile_map_q.shape[0], heads), (1, 0, 0))
-    common.launch_dkdv(tiles.dkdv, (*maps, tile_map_k), (tile_map_k.shape[0], heads), (1, 0, 0))
+    elif heads:  # the first one makes delta for the second
+        common.launch_dq(tiles.dq, (*maps, tile_map_q), (tile_map_q.shape[0], heads), (1, 0, 0))
+        common.launch_dkdv(tiles.dkdv, (*maps, tile_map_k), (tile_map_k.shape[0], heads), (1, 0, 0))
+    if not bias_gradient:
+        return None
+    dbias = attention_bias_bwd(
+        do, q, k, v, lse, delta, None, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
+        seed=seed, cu_seqlens=cu_seqlens_q,
+    )  # fmt: skip
+    return dbias[0]
 
 
 def attention_padded_bwd(

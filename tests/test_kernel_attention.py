@@ -1,6 +1,7 @@
 """The attention kernels against their reference, through the ops that launch them."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -43,15 +44,18 @@ def check(actual, reference, tensors, *rest, name, **options):
     )  # fmt: skip
 
 
-def check_varlen(q, k, v, lengths, key_lengths=None, scale=None):
+def check_varlen(q, k, v, lengths, key_lengths=None, scale=None, bias=None):
     batch = PackedBatch.from_lengths(lengths, q.device)
     keys = None if key_lengths is None else PackedBatch.from_lengths(key_lengths, q.device)
-    actual = ops.attention_varlen(q, k, v, batch, key_batch=keys, scale=scale)
+    actual = ops.attention_varlen(q, k, v, batch, key_batch=keys, scale=scale, bias=bias)
     assert actual.is_contiguous()
-    check(
-        actual, attention_varlen_ref, (q, k, v), lengths, key_lengths or lengths, scale,
-        name=f"attention_varlen {lengths}",
-    )  # fmt: skip
+
+    def reference(q, k, v, bias=None, **options):
+        return attention_varlen_ref(q, k, v, lengths, key_lengths or lengths, scale, bias=bias,
+                                    **options)  # fmt: skip
+
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    check(actual, reference, tensors, name=f"attention_varlen {lengths}")
     return actual
 
 
@@ -66,6 +70,17 @@ def test_varlen_matches_reference(lengths, dtype, device):
 def test_varlen_matches_reference_for_every_head_size(head_dim, dtype, device):
     for lengths in ([5, 1, 30], [70, 130]):
         check_varlen(*projection(sum(lengths), 2, head_dim, dtype, device), lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_varlen_with_a_bias_matches_reference(lengths, head_dim, dtype, device):
+    bias = torch.randn(2, *[max(lengths)] * 2).to(device, dtype)
+    bias[:, 1:, 0] = -torch.inf
+    for given in (bias, bias.transpose(1, 2).contiguous().transpose(1, 2)):
+        q, k, v = projection(sum(lengths), 2, head_dim, dtype, device)
+        check_varlen(q, k, v, lengths, bias=given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -283,8 +298,9 @@ def test_attention_takes_any_scale(scale, device):
 
 
 @pytest.mark.parametrize("on", ["torch", "triton"])
-def test_a_bias_by_place_is_added_in_every_sequence(on, device):
-    """Also its gradient, which is the sum over all sequences."""
+def test_a_bias_by_place_is_added_in_every_sequence(on, device, monkeypatch):
+    """Also its gradient, which is the sum over all sequences. Nothing is padded for it."""
+    monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "attention_padded", None)
     lengths = [5, 1, 0, 12, 12]
     batch = PackedBatch.from_lengths(lengths, device)
     q, k, v = (t.clone() for t in projection(sum(lengths), 2, 16, torch.float32, device))

@@ -58,6 +58,25 @@ def test_varlen_gradients_match_fp64(lengths, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_varlen_gradients_of_a_bias_match_fp64(lengths, head_dim, dtype, device):
+    """Its own is the sum over the sequences."""
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim).to(device, dtype)
+    bias = torch.randn(2, *[max(lengths)] * 2).to(device, dtype)
+    bias[:, 1:, 0] = -torch.inf
+    batch = PackedBatch.from_lengths(lengths, device)
+    check_gradients(
+        lambda qkv, bias: ops.attention_qkv(qkv, batch, bias=bias),
+        lambda qkv, bias: attention_varlen_ref(
+            *qkv.unbind(1), lengths, lengths, operands=dtype, bias=bias
+        ),
+        (qkv, bias), torch.randn(len(qkv), 2, head_dim).to(device, dtype),
+        f"attention_qkv {lengths} D{head_dim}, bias",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "head_dim", [8, 32, *(pytest.param(d, marks=pytest.mark.slow) for d in (16, 48, 80, 128))]
 )

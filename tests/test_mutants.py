@@ -78,10 +78,9 @@ ATTENTION_BWD = {
     "one mask bit": ((LSE, f"tl.where(offs_n[:, None] == 1, 0.0, {LSE})"),),
 }
 ATTENTION_BIAS_BWD = {
-    "dropped tail of the bias": (
-        ("offs_m < len_q - first_m, o", "offs_m < len_q - first_m - 1, o"),
-    ),
-    "wrong scale of the bias": (("acc += p * ", "acc += 1.001 * p * "),),
+    "dropped tail of the bias": (("offs_m < rest_q, o", "offs_m < rest_q - 1, o"),),
+    "wrong scale of the bias": (("return p * ", "return 1.001 * p * "),),
+    "keys of the first sequence for the bias": (("(start + first_n).to", "first_n.to"),),
 }
 SOFTMAX = {
     "fp16 accumulation": in_fp16("tl.sum(p, 1)"),

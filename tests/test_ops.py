@@ -146,11 +146,13 @@ def registered_calls(device):
     cu = batch.cu_seqlens
     seed = ops.dropout_seed(device)
     lse = torch.randn(2, sum(LENGTHS), device=device)
+    places = torch.randn(2, 12, 12, device=device)
     bias = torch.randn(2, 9, 9, device=device)[:, None].expand(2, 2, 9, 9)
     return {
-        "attention_varlen": (q, k, v, cu, cu, tile_map, 12, 12, 0.25, 0.1, seed),
+        "attention_varlen": (q, k, v, cu, cu, tile_map, 12, 12, 0.25, 0.1, seed, places),
         "attention_varlen_bwd": (
             q, q, k, v, v, lse, cu, cu, tile_map, tile_map, 12, 12, 0.25, 0.1, seed, True,
+            places, True,
         ),
         "attention_padded": (*p, None, None, 0.25, 0.1, seed),
         "attention_padded_bwd": (

@@ -37,24 +37,25 @@ class _AttentionVarlen(torch.autograd.Function):
     """q, k and v, or one tensor ``[T, 3, H, D]`` of all three, which then gets one gradient."""
 
     @staticmethod
-    def forward(ctx, batch, keys, scale, dropout_p, seed, *tensors):
+    def forward(ctx, batch, keys, scale, dropout_p, seed, bias, *tensors):
         q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
-        out, lse = run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)
-        ctx.save_for_backward(*tensors, out, lse, seed)
+        out, lse = run_varlen(q, k, v, batch, keys, scale, dropout_p, seed, bias)
+        ctx.save_for_backward(*tensors, out, lse, seed, bias)
         ctx.batch, ctx.keys, ctx.scale, ctx.dropout_p = batch, keys, scale, dropout_p
         return out
 
     @staticmethod
     @first_order_only
     def backward(ctx, do: Tensor):
-        *tensors, out, lse, seed = ctx.saved_tensors
-        fused = len(tensors) == 1
+        *tensors, out, lse, seed, bias = ctx.saved_tensors
+        fused, wanted = len(tensors) == 1, ctx.needs_input_grad[5]
         q, k, v = tensors[0].unbind(1) if fused else tensors
-        gradients = run_varlen_bwd(
+        *gradients, dbias = run_varlen_bwd(
             rows_contiguous(do), q, k, v, out, lse, ctx.batch, ctx.keys, ctx.scale, ctx.dropout_p,
-            seed, fused,
+            seed, fused, bias, wanted,
         )  # fmt: skip
-        return (None,) * 5 + (gradients[:1] if fused else gradients)
+        dbias = dbias.to(bias.dtype) if wanted else None
+        return *(None,) * 5, dbias, *(gradients[:1] if fused else gradients)
 
 
 class _AttentionPadded(torch.autograd.Function):
@@ -138,7 +139,9 @@ def attention_varlen(
         unfused: in torch, use operations that have second derivatives; the matrix of scores is then
             kept for backward.
         bias: ``[H, S, S]``, added to the scaled scores of every sequence, by places in it; S is the
-            longest one's length. The kernels read it over a padded batch, which is made for it.
+            longest one's length. Numbers as a model learns them, and ``-inf``: gradients of the
+            kernels lose digits where all that a query sees is far beyond 64, and below -2^120 it
+            sees nothing. Masks are for `attention`.
 
     Returns:
         ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. The order of the
@@ -164,13 +167,7 @@ def attention_varlen(
             f"attention_varlen: expected key_batch with {batch.num_sequences} sequences, "
             f"got {keys.num_sequences}"
         )
-    if bias is not None and (
-        keys is not batch or bias.shape != (q.shape[1], batch.max_seqlen, batch.max_seqlen)
-    ):
-        raise ValueError(
-            f"attention_varlen: expected a bias {(q.shape[1], *[batch.max_seqlen] * 2)} and no "
-            f"key_batch, got {tuple(bias.shape)}"
-        )
+    _check_bias("attention_varlen", bias, q, batch, keys)
     check_dropout("attention_varlen", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend_of(q, dropout_p, max(batch.max_seqlen, keys.max_seqlen)) == "torch" or (
@@ -178,39 +175,8 @@ def attention_varlen(
     ):
         refuse_seed("attention_varlen", seed)
         return varlen_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused, bias)
-    if bias is not None:
-        return _biased(q, k, v, batch, bias, scale, dropout_p, seed)
     q, scale = _positive(q, scale)
-    return _differentiable(batch, keys, scale, dropout_p, seed, q, k, v)
-
-
-def _biased(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: PackedBatch,
-    bias: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """`attention` of the sequences side by side, padded on the right."""
-    count, longest = batch.num_sequences, batch.max_seqlen
-    sequences, places = batch.places()
-    slots = sequences * longest + places
-    real = places.new_zeros(count * longest, dtype=torch.bool).index_fill_(0, slots, True)
-    q, k, v = (
-        t.new_zeros(count * longest, *t.shape[1:])
-        .index_copy(0, slots, t)
-        .unflatten(0, (count, longest))
-        .transpose(1, 2)
-        for t in (q, k, v)
-    )
-    context = attention(
-        q, k, v, key_mask=real.view(count, longest), bias=bias[None], scale=scale,
-        dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
-    return context.transpose(1, 2).flatten(0, 1).index_select(0, slots)
+    return _differentiable(batch, keys, scale, dropout_p, seed, bias, q, k, v)
 
 
 def attention_qkv(
@@ -221,13 +187,14 @@ def attention_qkv(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     unfused: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`attention_varlen` of one projection, whose gradient is one tensor too and needs no copy.
 
     Args:
         qkv: ``[T, 3, H, D]``, q, k and v of every token.
         batch: the sequences.
-        scale, dropout_p, seed, unfused: as in `attention_varlen`.
+        scale, dropout_p, seed, unfused, bias: as in `attention_varlen`.
 
     Returns:
         ``[T, H, D]``, contiguous.
@@ -247,10 +214,23 @@ def attention_qkv(
         or backend_of(qkv, dropout_p, batch.max_seqlen) == "torch"
     ):
         return attention_varlen(
-            q, k, v, batch, scale=scale, dropout_p=dropout_p, seed=seed, unfused=unfused
+            q, k, v, batch, scale=scale, dropout_p=dropout_p, seed=seed, unfused=unfused, bias=bias
         )
+    _check_bias("attention_qkv", bias, q, batch, batch)
     check_dropout("attention_qkv", dropout_p, seed, qkv.device)
-    return _differentiable(batch, batch, scale, dropout_p, seed, qkv)
+    return _differentiable(batch, batch, scale, dropout_p, seed, bias, qkv)
+
+
+def _check_bias(
+    op: str, bias: Tensor | None, q: Tensor, batch: PackedBatch, keys: PackedBatch
+) -> None:
+    if bias is not None and (
+        keys is not batch or bias.shape != (q.shape[1], batch.max_seqlen, batch.max_seqlen)
+    ):
+        raise ValueError(
+            f"{op}: expected a bias {(q.shape[1], *[batch.max_seqlen] * 2)} and no key_batch, "
+            f"got {tuple(bias.shape)}"
+        )
 
 
 def _differentiable(
@@ -259,14 +239,15 @@ def _differentiable(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    bias: Tensor | None,
     *tensors: Tensor,
 ) -> Tensor:
     if dropout_p > 0.0 and seed is None:
         seed = dropout_seed(tensors[0].device)
-    if wants_gradient(*tensors):
-        return _AttentionVarlen.apply(batch, keys, scale, dropout_p, seed, *tensors)
+    if wants_gradient(bias, *tensors):
+        return _AttentionVarlen.apply(batch, keys, scale, dropout_p, seed, bias, *tensors)
     q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
-    return run_varlen(q, k, v, batch, keys, scale, dropout_p, seed)[0]
+    return run_varlen(q, k, v, batch, keys, scale, dropout_p, seed, bias)[0]
 
 
 def attention(

@@ -37,13 +37,14 @@ def _launch_varlen(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_varlen_fwd
 
-    tile = tile_for(q, max_seqlen_q, max_seqlen_k)
+    tile = tile_for(q, max_seqlen_q, max_seqlen_k, bias is not None)
     return attention_varlen_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale, dropout_p=dropout_p,
-        seed=seed,
+        seed=seed, bias=bias,
     )  # fmt: skip
 
 
@@ -64,17 +65,19 @@ def _launch_varlen_bwd(
     dropout_p: float,
     seed: Tensor | None,
     fused: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    bias: Tensor | None,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.attention_bwd import attention_varlen_bwd
 
     results = _varlen_gradients(q, k, fused)
-    attention_varlen_bwd(
+    dbias = attention_varlen_bwd(
         do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, tile_map_k,
         results[0].unbind(1) if fused else results,
-        _bwd_tiles(q, max_seqlen_q, max_seqlen_k, dropout_p),
-        scale=scale, dropout_p=dropout_p, seed=seed,
+        _bwd_tiles(q, max_seqlen_q, max_seqlen_k, dropout_p, bias is not None),
+        scale=scale, dropout_p=dropout_p, seed=seed, bias=bias, bias_gradient=bias_gradient,
     )  # fmt: skip
-    return results
+    return *results, q.new_empty(0) if dbias is None else dbias
 
 
 def _varlen_gradients(q: Tensor, k: Tensor, fused: bool) -> tuple[Tensor, ...]:
@@ -82,6 +85,12 @@ def _varlen_gradients(q: Tensor, k: Tensor, fused: bool) -> tuple[Tensor, ...]:
     if fused:
         return q.new_empty(q.shape[0], 3, *q.shape[1:]), q.new_empty(0), q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+
+
+def _varlen_bwd_shapes(do, q, k, *rest):
+    *_, fused, bias, bias_gradient = rest
+    dbias = bias.new_empty(bias.shape, dtype=torch.float32) if bias_gradient else q.new_empty(0)
+    return *_varlen_gradients(q, k, fused), dbias
 
 
 def _launch_padded(
@@ -136,7 +145,9 @@ def _padded_bwd_shapes(do, q, k, v, out, lse, key_mask, bias, scale, p, seed, bi
     return like(q), like(k), like(v), dbias
 
 
-def tile_for(q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> AttentionTile:
+def tile_for(
+    q: Tensor, max_seqlen_q: int, max_seqlen_k: int, has_bias: bool = False
+) -> AttentionTile:
     """The tile of packed attention for these longest sequences."""
     from ..kernels._device import device_arch
     from ..kernels._tiles import attention_tile
@@ -147,10 +158,11 @@ def tile_for(q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> AttentionTile:
         arch=device_arch(q.device),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        has_bias=has_bias,
     )
 
 
-def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float):
+def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, has_bias: bool):
     from ..kernels._device import device_arch
     from ..kernels._dropout import dropout_levels
     from ..kernels._tiles import attention_bwd_tiles
@@ -161,6 +173,7 @@ def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float
         arch=device_arch(q.device),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        has_bias=has_bias,
         dropout_bits=dropout_levels(dropout_p, coarse=True)[0],
     )
 
@@ -168,8 +181,8 @@ def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float
 _DROPOUT = "float dropout_p, Tensor? seed"
 _attention_varlen = define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}) "
-    "-> (Tensor, Tensor)",
+    f"Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, "
+    "Tensor? bias) -> (Tensor, Tensor)",
     _launch_varlen,
     lambda q, *rest: (
         q.new_empty(q.shape),
@@ -179,10 +192,10 @@ _attention_varlen = define(
 _attention_varlen_bwd = define(
     "attention_varlen_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor tile_map_q, Tensor tile_map_k, "
-    f"int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, bool fused) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, bool fused, "
+    "Tensor? bias, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_varlen_bwd,
-    lambda do, q, k, *rest: _varlen_gradients(q, k, rest[-1]),
+    _varlen_bwd_shapes,
 )
 attention_padded = define(
     "attention_padded(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, "
@@ -211,12 +224,13 @@ def run_varlen(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed attention by the kernel: its result and the log-sum-exp that backward needs."""
-    tile = tile_for(q, batch.max_seqlen, keys.max_seqlen)
+    tile = tile_for(q, batch.max_seqlen, keys.max_seqlen, bias is not None)
     return _attention_varlen(
         q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
-        batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed,
+        batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed, bias,
     )  # fmt: skip
 
 
@@ -233,11 +247,14 @@ def run_varlen_bwd(
     dropout_p: float,
     seed: Tensor | None,
     fused: bool,
+    bias: Tensor | None = None,
+    bias_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v; with ``fused`` the first one is all three, ``[T, 3, H, D]``."""
-    tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, dropout_p)
+    """Gradients of q, k and v, and of the bias if it is wanted; with ``fused`` the first one is all
+    three, ``[T, 3, H, D]``."""
+    tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, dropout_p, bias is not None)
     return _attention_varlen_bwd(
         do, q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
         batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n), batch.max_seqlen,
-        keys.max_seqlen, scale, dropout_p, seed, fused,
+        keys.max_seqlen, scale, dropout_p, seed, fused, bias, bias_gradient,
     )  # fmt: skip

@@ -120,15 +120,18 @@ def attention_varlen_ref(
     scale: float | None = None,
     kept: Tensor | None = None,
     operands: torch.dtype | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``, kept
-    ``[B, H, longest Sq, longest Sk]``."""
+    ``[B, H, longest Sq, longest Sk]``, bias ``[H, longest Sq, longest Sk]``."""
     parts = []
     rows = (q.split(list(lengths_q)), k.split(list(lengths_k)), v.split(list(lengths_k)))
     for i, qkv in enumerate(zip(*rows, strict=True)):
-        factors = None if kept is None else kept[i : i + 1, :, : lengths_q[i], : lengths_k[i]]
+        places = (..., slice(lengths_q[i]), slice(lengths_k[i]))
+        factors = None if kept is None else kept[i : i + 1][places]
+        added = None if bias is None else bias[None][places]
         one = (t.transpose(0, 1)[None] for t in qkv)
-        part = attention_ref(*one, scale=scale, kept=factors, operands=operands)
+        part = attention_ref(*one, bias=added, scale=scale, kept=factors, operands=operands)
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
 

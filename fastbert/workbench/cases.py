@@ -99,7 +99,7 @@ def _draw_attention(generator: random.Random, dtype: str) -> Case:
         "values": generator.choice([1, 1, 1, 2**12]) if dtype == "fp16" else _far(generator, dtype),
         "strided": generator.random() < 0.5,
         "key_mask": not packed and generator.random() < 0.7,
-        "bias": not packed and generator.random() < 0.4,
+        "bias": generator.random() < 0.4,
     }
 
 
@@ -128,8 +128,12 @@ def _attention_case(
     if dropout_p:
         drop = {"dropout_p": dropout_p, "seed": torch.tensor([case["seed"]], device=device)}
         options["kept"] = scores_kept(case["seed"], b, h, longest, longest, dropout_p).to(device)
+    bias = []
+    if case["bias"]:
+        bias.append(_random((1, h, longest, longest), {**case, "strided": False}, device))
     if case["packed"]:
         total = sum(lengths)
+        bias = [t[0, :, : max(lengths), : max(lengths)] for t in bias]
         if case["strided"]:
             one = {**case, "strided": False}
             q, k, v = _random((total, 3, h, d), one, device).unbind(1)
@@ -138,20 +142,20 @@ def _attention_case(
             q, k, v = (_random((total, h, d), case, device, s) for s in (1, 1, values))
         batch = PackedBatch.from_lengths(lengths, device=device)
         return (
-            lambda q, k, v: ops.attention_varlen(q, k, v, batch, **drop),
-            lambda q, k, v: reference.attention_varlen_ref(q, k, v, lengths, lengths, **options),
-            [q, k, v],
+            lambda q, k, v, bias=None: ops.attention_varlen(q, k, v, batch, bias=bias, **drop),
+            lambda q, k, v, bias=None: reference.attention_varlen_ref(
+                q, k, v, lengths, lengths, bias=bias, **options
+            ),
+            [q, k, v, *bias],
         )
     tensors = [_random((b, h, longest, d), case, device, s) for s in (1, 1, values)]
     mask = None
     if case["key_mask"]:
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device)
-    if case["bias"]:
-        tensors.append(_random((1, h, longest, longest), {**case, "strided": False}, device))
     return (
         lambda q, k, v, bias=None: ops.attention(q, k, v, key_mask=mask, bias=bias, **drop),
         lambda q, k, v, bias=None: reference.attention_ref(q, k, v, mask, bias, **options),
-        tensors,
+        [*tensors, *bias],
     )
 
 
