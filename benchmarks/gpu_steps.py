@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastbert.testing import poisoned_memory
+
 from .catalogue import workloads
 from .encoders import BASELINE, COMPILED, OWN_GRAPHS
 from .encoders import EAGER as MODEL_EAGER
@@ -115,10 +117,11 @@ def check(shard: int, of: int) -> int:
         try:
             prepared = workload.setup(workload, "cuda")
             run = prepared.providers[OURS]()
-            first = run(prepared.inputs[0])
+            with poisoned_memory():
+                first, second = (run(prepared.inputs[0]) for _ in range(2))
             found = prepared.check(OURS, first)
             verdict = f"error {found.error:.2e}, budget {found.budget:.2e}"
-            if not same_bits(first, run(prepared.inputs[0])):
+            if not same_bits(first, second):
                 verdict, wrong = "WRONG: a second run gave other bits", wrong + 1
         except WrongResult as why:
             verdict, wrong = f"WRONG: {why}", wrong + 1
@@ -128,7 +131,7 @@ def check(shard: int, of: int) -> int:
             text = " ".join(str(error).split())[:300]
             verdict, wrong = f"WRONG: {type(error).__name__}: {text}", wrong + 1
         _say(f"{workload}: {verdict} [{time.perf_counter() - start:.1f} s]")
-        prepared = run = first = None
+        prepared = run = first = second = None
         torch.cuda.empty_cache()
     _say(f"checked {len(todo)} workloads, {wrong} wrong")
     return wrong

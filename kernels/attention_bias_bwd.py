@@ -157,12 +157,14 @@ def attention_bias_bwd(
             `fastbert.kernels.attention_bwd.attention_varlen_bwd`; the bias has a stride of 0 there.
 
     Returns:
-        fp32 ``[B or 1, H or 1, Sq, Sk]``, 1 where the bias has a stride of 0.
+        fp32 ``[B or 1, H or 1, Sq, Sk]``, 1 where the bias has a stride of 0; for packed sequences
+        ``[1, H, S, S]``.
     """
     *_, num_heads, len_q, len_k = bias.shape
     batch_size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     head_dim = q.shape[-1]
     over_b, over_h = (stride == 0 for stride in bias.stride()[:2])
+    over_h = over_h and cu_seqlens is None
     kept_b, kept_h = 1 if over_b else batch_size, 1 if over_h else num_heads
     dbias = torch.empty(kept_b, kept_h, len_q, len_k, dtype=torch.float32, device=q.device)
     if dbias.numel() == 0 or q.numel() == 0:

@@ -25,6 +25,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 import fastbert  # noqa: E402
+from fastbert.testing import poisoned_memory  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -56,23 +57,9 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """What the kernels' launchers allocate starts as NaN, so that a value never written shows."""
-
-    def poisoned(allocate):
-        def allocate_and_fill(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            ours = caller.startswith("fastbert.kernels.") and out.is_floating_point()
-            if ours and out.numel() < 2**26:  # more is memory that a test leaves untouched
-                out.fill_(float("nan"))
-            return out
-
-        return allocate_and_fill
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def _poison():
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(scope="session")

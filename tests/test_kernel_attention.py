@@ -324,10 +324,16 @@ def test_a_bias_by_place_is_added_in_every_sequence(on, device, monkeypatch):
         return run
 
     with fastbert.backend(on):
-        attend = with_gradients(lambda q, k, v, b: ops.attention_varlen(q, k, v, batch, bias=b))
+        attend = with_gradients(
+            lambda q, k, v, b: ops.attention_varlen(q, k, v, batch, bias=b.expand(2, -1, -1))
+        )
         actual = [t.detach() for t in attend(q, k, v, bias)]
         with pytest.raises(ValueError, match=r"a bias \(2, 12, 12\) and no key_batch, got \(2, 5"):
             ops.attention_varlen(q, k, v, batch, bias=bias[:, :5, :5])
+        shared, alike = bias[:1].clone(), bias[:1].repeat(2, 1, 1)  # one for all heads
+        *_, one = attend(q, k, v, shared)
+        *_, each = attend(q, k, v, alike)
+    torch.testing.assert_close(one, each.sum(0, keepdim=True))
     assert_matches(
         actual, lambda *t: [x.detach() for x in with_gradients(reference)(*t)], (q, k, v, bias),
         "bias", inside=torch.float32,

@@ -182,16 +182,19 @@ def test_the_check_has_every_operation_both_ways_in_both_dtypes_and_fits_a_card(
 
 def test_a_check_compares_with_fp64_and_the_second_run_with_the_first(monkeypatch, capsys):
     calls = iter(range(100))
+    names = {"__name__": "fastbert.kernels.x", "torch": torch}
     todo = [
         workload_of({OURS: lambda x: x * 2}, "right"),
+        workload_of({OURS: lambda x: eval("torch.empty_like(x)", names, {"x": x})}, "unwritten"),
         workload_of({OURS: lambda x: x * 2.1}, "off"),
         workload_of({OURS: lambda x: x * 2 + 2e-7 * (next(calls) % 2)}, "unsteady"),
         workload_of({OURS: lambda x: 1 / 0}, "breaks"),
     ]
     monkeypatch.setattr(gpu_steps, "_checked", lambda: todo)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert gpu_steps.check(0, 1) == 3
-    right, off, unsteady, breaks, _ = capsys.readouterr().out.splitlines()
+    assert gpu_steps.check(0, 1) == 4
+    right, unwritten, off, unsteady, breaks, _ = capsys.readouterr().out.splitlines()
+    assert "WRONG: fastbert: 64 of 64 values are not finite" in unwritten
     assert "error" in right and "WRONG: fastbert: error" in off
     assert "WRONG: a second run gave other bits" in unsteady
     assert "WRONG: ZeroDivisionError" in breaks

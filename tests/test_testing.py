@@ -166,3 +166,16 @@ def test_gradients_of_what_is_there():
     assert torch.equal(out, x * w) and torch.equal(dx, w.expand(2, 3))
     torch.testing.assert_close(dw, x.sum(0))
     assert not x.requires_grad and len(run(torch.ones(2, 3), x, w, w)) == 4
+
+
+def test_memory_is_poisoned_for_results_of_kernels_alone(monkeypatch):
+    allocations = "[torch.empty(3), torch.empty_like(x), x.new_empty(2), torch.empty(2).int()]"
+    x = torch.zeros(2)
+    of_kernels, of_others = {"__name__": "fastbert.kernels.x"}, {"__name__": "fastbert.ops.x"}
+    kept = torch.empty, torch.Tensor.new_empty
+    with testing.poisoned_memory():
+        *made, whole = eval(allocations, of_kernels | {"torch": torch, "x": x})
+        assert all(t.isnan().all() for t in made) and whole.dtype == torch.int32
+        monkeypatch.setattr(torch.Tensor, "fill_", None)
+        eval(allocations, of_others | {"torch": torch, "x": x})
+    assert (torch.empty, torch.Tensor.new_empty) == kept
