@@ -48,7 +48,8 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
         ``[T, E]``.
     """
     if layers.tensors and isinstance(batch, PackedBatch) and batch.max_seqlen:
-        if batch.bias is None and only_kernels(hidden, layers.tensors, layers.each[0].head_size):
+        given = layers.tensors if batch.bias is None else [*layers.tensors, batch.bias]
+        if only_kernels(hidden, given, layers.each[0].head_size):
             return _launch_layers(hidden, batch, layers)
         if only_onednn(hidden, layers.tensors):
             return encode_on_onednn(hidden, batch, layers.each)

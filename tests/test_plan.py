@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import INPUTS, tiny_config
 from torch import nn
 
@@ -234,6 +235,26 @@ def test_kernels_are_launched_for_each_layer_as_for_it_alone(change, on_kernels)
     if change is not None:
         CHANGES[change](ours.encoder.layer[2])
     assert torch.equal(hidden(ours), hidden(ours, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_are_launched_for_each_layer_with_a_bias_of_the_scores(
+    dtype, on_kernels, monkeypatch
+):
+    """Of packed sequences, by MPNet."""
+    from fastbert import encoder
+
+    taken = []
+    launch = encoder._launch_layers
+    monkeypatch.setattr(encoder, "_launch_layers", lambda *a: taken.append(a) or launch(*a))
+    config = transformers.MPNetConfig(**tiny_config(num_hidden_layers=3).to_dict())
+    ours = fastbert.MPNetModel(config).eval().to(dtype)
+    inputs = {name: INPUTS[name].to(on_kernels) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        together = ours(**inputs).last_hidden_state
+        assert len(taken) == 1 and taken[0][1].bias.dtype == dtype
+        alone = ours(**inputs, output_hidden_states=True).last_hidden_state
+    assert torch.equal(together, alone) and len(taken) == 1
 
 
 @pytest.mark.slow

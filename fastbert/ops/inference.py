@@ -34,7 +34,7 @@ def only_kernels(rows: Tensor, weights: list[Tensor], head_size: int) -> bool:
 
     Args:
         rows: ``[T, E]``.
-        weights: all tensors of all layers.
+        weights: all tensors of all layers, and a bias of the scores.
         head_size: of attention.
     """
     return (
@@ -73,7 +73,7 @@ class LayerLaunches:
     then free.
 
     Args:
-        batch: the sequences of all rows.
+        batch: the sequences of all rows, with a bias or without.
         scale: factor for the scores.
         head_size: of attention.
         activation: one of `fastbert.ops.linear.ACTIVATIONS`.
@@ -94,11 +94,12 @@ class LayerLaunches:
 
         def attend(*rows: Tensor) -> Tensor:
             q, k, v = (t.unflatten(-1, (-1, head_size)) for t in rows)
-            tile = tile_for(q, batch.max_seqlen, batch.max_seqlen)
+            tile = tile_for(q, batch.max_seqlen, batch.max_seqlen, batch.bias is not None)
             starts = batch.cu_seqlens
             return attention_varlen_fwd(
-                q, k, v, starts, starts, batch.tile_map(tile.block_m), tile, scale=scale
-            )[0].flatten(1)
+                q, k, v, starts, starts, batch.tile_map(tile.block_m), tile, scale=scale,
+                bias=batch.bias,
+            )[0].flatten(1)  # fmt: skip
 
         def add_norm(at: int, x: Tensor, residual: Tensor, *tensors: Tensor | None) -> Tensor:
             return layernorm_fwd(x, residual, *tensors, eps=eps[at])[0]
