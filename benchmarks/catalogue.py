@@ -69,6 +69,7 @@ def _smoke() -> list[Workload]:
         kernel("attention", **ragged, **smoke),
         kernel("attention", direction="backward", **ragged, **smoke),
         kernel("attention, bias", B=2, S=16, H=2, D=16, bias=True, **smoke),
+        kernel("attention, bias by place", direction="backward", bias=True, **ragged, **smoke),
         kernel("layer norm", M=32, N=64, residual=True, **smoke),
         kernel("layer norm", direction="backward", M=32, N=64, **smoke),
         kernel("softmax", M=32, N=32, **smoke),
@@ -187,6 +188,9 @@ def _kernels(
             if length in (128, 512):
                 found.append(kernel("attention", **sizes, lengths="uniform", **common))
                 found.append(kernel("attention, bias", **sizes, bias=True, **common))
+                by_place = {**sizes, "lengths": "uniform", "bias": True, **common}
+                found.append(kernel("attention, bias by place", **by_place))
+                found.append(kernel("attention, bias by place", direction="backward", **by_place))
     for width in (384, 768, 1024):
         for residual in (False, True):
             found.append(kernel("layer norm", M=tokens, N=width, residual=residual, **common))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,6 +143,11 @@ def _attention_bias_ours(x: Inputs) -> Tensor:
     return ops.attention(*_padded(x), key_mask=x["keep"], bias=x["bias"])
 
 
+def _attention_by_place_ours(x: Inputs) -> Tensor:
+    bias = x["bias"][0, :, : x["longest"], : x["longest"]]
+    return ops.attention_qkv(x["qkv"], x["batch"], bias=bias)
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[str], Function]:
     def run(x: Inputs) -> Tensor:
         mask = x.get("bias")
@@ -228,6 +233,10 @@ _ATTENTION_BIAS = _Op(
     cost=_attention_cost,
     rows=_attention_rows,
     oracle=_attention_oracle,
+)
+# Packed sequences have one bias for all, by places in a sequence.
+_ATTENTION_BY_PLACE = replace(
+    _ATTENTION_BIAS, ours=_attention_by_place_ours, leaves=("qkv", "bias")
 )
 
 # ---- rows ----
@@ -373,6 +382,7 @@ _LINEAR = _Op(
 OPS = {
     "attention": _ATTENTION,
     "attention, bias": _ATTENTION_BIAS,
+    "attention, bias by place": _ATTENTION_BY_PLACE,
     "layer norm": _LAYER_NORM,
     "softmax": _SOFTMAX,
     "embedding": _EMBEDDING,
