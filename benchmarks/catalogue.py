@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .attention_operations import FLASH_ATTN, SDPA, VARLEN
 from .encoders import (
     BASELINE,
     COMPILED,
@@ -22,9 +23,9 @@ from .encoders import (
     OWN_PADDED,
     TORCH_ENCODER,
 )
-from .kernel_workloads import EAGER as TORCH_EAGER
-from .kernel_workloads import FLASH_ATTN, SDPA, VARLEN, kernel
+from .kernel_workloads import kernel
 from .model_workloads import encode_texts, every_length, inference, training_step
+from .operations import EAGER as TORCH_EAGER
 from .shapes import LENGTHS
 from .workload import OURS, Workload
 

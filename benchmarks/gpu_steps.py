@@ -25,8 +25,8 @@ from fastbert.testing import poisoned_memory
 from .catalogue import workloads
 from .encoders import BASELINE, COMPILED, OWN_GRAPHS
 from .encoders import EAGER as MODEL_EAGER
-from .kernel_workloads import EAGER
 from .model_workloads import inference, training_step
+from .operations import EAGER
 from .results import Measurement
 from .session import run_suite
 from .tracing import profile_forward

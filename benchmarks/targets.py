@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .attention_operations import SDPA
 from .encoders import (
     BASELINE,
     COMPILED,
@@ -23,8 +24,7 @@ from .encoders import (
     OWN_PADDED,
     TORCH_ENCODER,
 )
-from .kernel_workloads import EAGER as TORCH_EAGER
-from .kernel_workloads import SDPA
+from .operations import EAGER as TORCH_EAGER
 from .results import Measurement, Results
 from .shapes import draw_lengths, fill_of
 from .workload import OURS

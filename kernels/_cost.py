@@ -54,11 +54,18 @@ def attention_cost(
 
 
 def attention_bwd_cost(
-    lengths: Sequence[int], num_heads: int, head_dim: int, itemsize: int
+    lengths: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    *,
+    bias_bytes: float = 0.0,
 ) -> Cost:
-    """Backward: five products (scores again, and dV, dP, dQ, dK); seven tensors besides dO."""
+    """Backward: five products (scores again, and dV, dP, dQ, dK); seven tensors besides dO, a bias
+    and its gradient."""
     tokens, pairs = sum(lengths), sum(n * n for n in lengths)
-    return Cost(10.0 * pairs * num_heads * head_dim, 8.0 * tokens * num_heads * head_dim * itemsize)
+    rows = 8.0 * tokens * num_heads * head_dim * itemsize
+    return Cost(10.0 * pairs * num_heads * head_dim, rows + bias_bytes)
 
 
 def rows_cost(rows: int, width: int, itemsize: int, tensors: int) -> Cost:
