@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Each test worker keeps to one core, so that the workers do not fight over them.
+# Each test worker keeps to one core, so that the workers do not fight over them; interpreters that tests start
+# need not compile our sources again.
 WORKERS ?= 2
-THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo pretrain-example generate-example finetune-examples test test-transformers quick compiled bench lint clean python

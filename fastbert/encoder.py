@@ -67,7 +67,7 @@ def train_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layer
             hidden = encode_layer(hidden, batch, weights)
         return hidden
     for weights, tensors in zip(layers.each, layers.trained, strict=True):
-        if not wants_gradient(hidden, *tensors):
+        if not wants_gradient(hidden, *tensors, batch.bias):
             hidden = encode_layer(hidden, batch, weights)
             continue
         hidden = whole_layer(
@@ -82,9 +82,11 @@ def train_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layer
 
 def _repeats(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Repeats | None:
     """For layers that may be trained whole, if these are."""
-    if not layers.trained or not isinstance(batch, PackedBatch) or batch.bias is not None:
+    if not layers.trained or not isinstance(batch, PackedBatch):
         return None
     first, tensors = layers.each[0], [t for tensors in layers.trained for t in tensors]
+    if batch.bias is not None:
+        tensors.append(batch.bias)
     taken = hidden.is_contiguous() and takes_attention_half(
         hidden, batch, first.head_size, first.scale, first.attention_dropout, *tensors
     )
@@ -280,13 +282,12 @@ def _is_one_half(hidden: Tensor, batch: PackedBatch | PaddedBatch, weights: Laye
     """Whether all up to the first norm is one function in training."""
     if not (
         isinstance(batch, PackedBatch)
-        and batch.bias is None
         and isinstance(weights.qkv, Stacked)
         and isinstance(weights.attention_output, Linear)
         and isinstance(weights.attention_norm, Norm)
     ):
         return False
-    parts = (*weights.qkv.weights, *weights.qkv.biases, *weights.attention_output)
+    parts = (*weights.qkv.weights, *weights.qkv.biases, *weights.attention_output, batch.bias)
     tensors = [t for t in (*parts, *weights.attention_norm[:2]) if t is not None]
     return takes_attention_half(
         hidden, batch, weights.head_size, weights.scale, weights.attention_dropout, *tensors

@@ -35,7 +35,7 @@ from fastbert.workbench.inspection import inspect_variant
 RECORD = Path(__file__).with_name("compiled.txt")
 ARCHS = (80, 89, 90)
 DTYPES = (torch.bfloat16, torch.float32)
-SAMPLE = 80  # one of so many is compiled all the same
+SAMPLE = 400  # one of so many is compiled all the same
 _FIELDS = ("registers", "stack", "spill_stores", "shared", "programs_per_sm")
 
 

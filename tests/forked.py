@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastbert.cli", "fastbert.tasks.embed_file",
+_CONTEXT.set_forkserver_preload(["fastbert.cli.kernels", "fastbert.tasks.embed_file",
                                  "fastbert.training.pretraining", "fastbert.finetuning.finetune",
-                                 "sentence_transformers"])  # fmt: skip
+                                 "fastbert.workbench.terminal", "sentence_transformers"])  # fmt: skip
 COMMAND = "from fastbert.cli import main; main()"
 
 

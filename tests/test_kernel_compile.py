@@ -45,7 +45,7 @@ def test_every_tile_compiles_without_stack_and_reaches_the_matrix_units():
     again = "make compiled writes the record anew; look at what it changes"
     assert not found["faults"], found["faults"]
     assert not found["changed"] and not found["gone"], f"{again}: {found}"
-    assert 20 < len(found["compiled"]) < 100 or len(found["compiled"]) > 1000
+    assert 16 < len(found["compiled"]) < 100 or len(found["compiled"]) > 1000
     kernels = {name.split()[0] for name in found["compiled"]}
     assert len(kernels) >= 16, kernels
 
@@ -80,7 +80,7 @@ tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
 reasons = []
 for arch in (90, 80):
     chosen = variants("attention", arch, tile=tile)
-    variant = next(v for v in chosen if "D128 128x128 online packed" in v.name)
+    variant = next(v for v in chosen if "D64 128x128 online packed" in v.name)
     found = compile_variant(variant)
     reasons.append(faults(variant, found))
     shared = LIMITS[arch].shared_per_program + 1

@@ -237,24 +237,78 @@ def test_kernels_are_launched_for_each_layer_as_for_it_alone(change, on_kernels)
     assert torch.equal(hidden(ours), hidden(ours, output_hidden_states=True))
 
 
+def mpnet() -> fastbert.MPNetModel:
+    """Its layers add a bias to the scores."""
+    config = transformers.MPNetConfig(**tiny_config(num_hidden_layers=3).to_dict())
+    return fastbert.MPNetModel(config)
+
+
+def count(monkeypatch, name: str) -> list[tuple]:
+    """The arguments of every call of a function by the encoder."""
+    from fastbert import encoder
+
+    taken, called = [], getattr(encoder, name)
+    monkeypatch.setattr(encoder, name, lambda *a, **k: taken.append(a) or called(*a, **k))
+    return taken
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_are_launched_for_each_layer_with_a_bias_of_the_scores(
     dtype, on_kernels, monkeypatch
 ):
-    """Of packed sequences, by MPNet."""
-    from fastbert import encoder
-
-    taken = []
-    launch = encoder._launch_layers
-    monkeypatch.setattr(encoder, "_launch_layers", lambda *a: taken.append(a) or launch(*a))
-    config = transformers.MPNetConfig(**tiny_config(num_hidden_layers=3).to_dict())
-    ours = fastbert.MPNetModel(config).eval().to(dtype)
+    taken = count(monkeypatch, "_launch_layers")
+    ours = mpnet().eval().to(dtype)
     inputs = {name: INPUTS[name].to(on_kernels) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         together = ours(**inputs).last_hidden_state
         assert len(taken) == 1 and taken[0][1].bias.dtype == dtype
         alone = ours(**inputs, output_hidden_states=True).last_hidden_state
     assert torch.equal(together, alone) and len(taken) == 1
+
+
+TRAINED = {  # and how many of three layers are one function, or two
+    "all": (lambda name: True, 3),
+    "all but the bias": (lambda name: not name.startswith("encoder.relative"), 3),
+    "the bias and the last layer": (lambda name: "relative" in name or "layer.2" in name, 1),
+    "the bias": (lambda name: name.startswith("encoder.relative"), 0),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("trained", TRAINED)
+def test_layers_with_a_bias_of_the_scores_are_trained_whole(
+    trained, autocast, on_kernels, monkeypatch
+):
+    """As each of them alone, and each alone as operation by operation."""
+    from fastbert import encoder
+
+    ours, (wanted, fused) = mpnet().train(), TRAINED[trained]
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(wanted(name))
+    inputs = {name: INPUTS[name].to(on_kernels) for name in ("input_ids", "attention_mask")}
+
+    def gradients(**options) -> dict[str, torch.Tensor]:
+        ours.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast(on_kernels, torch.bfloat16, enabled=autocast):
+            out = ours(**inputs, **options).last_hidden_state
+        out.float().square().sum().backward()
+        return {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+
+    whole, halves = count(monkeypatch, "whole_layer"), count(monkeypatch, "attention_half")
+    found = gradients()
+    assert (len(whole), len(halves)) == ((3, 0) if fused == 3 else (0, fused))
+    assert found and all(map(wanted, found))
+    halves.clear()
+    halved = gradients(output_hidden_states=True)
+    assert len(halves) == fused
+    assert found.keys() == halved.keys()
+    assert all(torch.equal(found[name], halved[name]) for name in found)
+    monkeypatch.setattr(encoder, "takes_attention_half", lambda *a: False)
+    apart = gradients(output_hidden_states=True)
+    assert len(halves) == fused and found.keys() == apart.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], apart[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def _add_product_(residual: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 class _Attention(NamedTuple):
     """The first half but for its tensors, which are weights and biases of q, k and v, the weight
-    and bias of the projection and those of the norm."""
+    and bias of the projection, those of the norm, and the bias of the scores."""
 
     batch: PackedBatch
     head_size: int
@@ -131,21 +131,23 @@ def _norm_backward(
 
 def _attention_fwd(x, half: _Attention, seeds, tensors, source, run: Run):
     """``norm(dropout(attention(x) @ w + b) + x)``."""
-    weights, biases, (weight, bias, norm_weight, norm_bias) = tensors[:3], tensors[3:6], tensors[6:]
+    weights, biases, (weight, bias, *norm, scores) = tensors[:3], tensors[3:6], tensors[6:]
     dtype = compute_dtype(x)
     joined, weight = _as(torch.cat(weights), dtype), _as(weight, dtype)
     qkv = F.linear(_as(x, dtype), joined, _as(torch.cat(biases), dtype))
     qkv = qkv.view(x.shape[0], 3, -1, half.head_size)
+    scores = _as(scores, dtype)
     context, lse = run(
-        run_varlen, *qkv.unbind(1), half.batch, half.batch, half.scale, half.attention_p, seeds[0]
-    )
+        run_varlen, *qkv.unbind(1), half.batch, half.batch, half.scale, half.attention_p, seeds[0],
+        scores,
+    )  # fmt: skip
     inner = F.linear(context.flatten(1), weight)
     results = run(
-        layer_norm_fwd, inner, norm_weight, norm_bias, half.eps, x, bias, half.dropout_p, seeds[1],
-        True, half.out_dtype,
+        layer_norm_fwd, inner, *norm, half.eps, x, bias, half.dropout_p, seeds[1], True,
+        half.out_dtype,
     )  # fmt: skip
     saved = (
-        weight, norm_weight, qkv, context, lse, *results[1:], *seeds,
+        weight, norm[0], scores, qkv, context, lse, *results[1:], *seeds,
         *_for_backward(weights, joined), *source,
     )  # fmt: skip
     parts = [t.shape[0] for t in weights]
@@ -155,7 +157,7 @@ def _attention_fwd(x, half: _Attention, seeds, tensors, source, run: Run):
 def _attention_bwd(
     dy, saved, knows: _Kept, needs: tuple[bool, ...], run: Run, run_source: Run
 ) -> _Gradients:
-    weight, norm_weight, qkv, context, lse, z, statistics, *rest = saved
+    weight, norm_weight, scores, qkv, context, lse, z, statistics, *rest = saved
     attention_seed, seed, wq, wk, wv, *source = rest
     half, dtype, dtypes = knows.half, knows.dtype, knows.dtypes
     need_x, *needs = needs
@@ -165,13 +167,15 @@ def _attention_bwd(
     )  # fmt: skip
     dout = _as(d.t() @ context.flatten(1), dtypes[6]) if needs[6] else None
     dweights = dbiases = (None,) * 3
-    if need_x or any(needs[:6]):
+    dscores = None
+    if need_x or any(needs[:6]) or needs[10]:
         dcontext = (d @ weight).view(context.shape)
-        (dqkv, *_) = run(
+        dqkv, *_, dscores = run(
             run_varlen_bwd, dcontext, *qkv.unbind(1), context, lse, half.batch, half.batch,
-            half.scale, half.attention_p, attention_seed, True,
+            half.scale, half.attention_p, attention_seed, True, scores, needs[10],
         )  # fmt: skip
         dqkv = dqkv.flatten(1)
+        dscores = _as(dscores, dtypes[10]) if needs[10] else None
         if any(needs[:3]):
             dweight = dqkv.t() @ remade(tuple(source), dtype, run_source)
             dweights = split_gradient(dweight, knows.parts, dtypes[:3], needs[:3])
@@ -179,7 +183,8 @@ def _attention_bwd(
             dbiases = split_gradient(dqkv.sum(0), knows.parts, dtypes[3:6], needs[3:6])
         if need_x:
             dx = _add_product_(dx, dqkv, wq if wk is None else torch.cat((wq, wk, wv)))
-    return [dx if need_x else None, *dweights, *dbiases, dout, dbias, dnorm_weight, dnorm_bias]
+    dx = dx if need_x else None
+    return [dx, *dweights, *dbiases, dout, dbias, dnorm_weight, dnorm_bias, dscores]
 
 
 def _feed_forward_fwd(x, half: _FeedForward, seed, tensors, source, run: Run):
@@ -241,7 +246,7 @@ class _AttentionHalf(torch.autograd.Function):
     @first_order_only
     def backward(ctx, dy: Tensor | None, *unused):
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         need_x, _, _, *needs = ctx.needs_input_grad
         dx, *gradients = _attention_bwd(
             dy, ctx.saved_tensors, ctx.knows, (need_x, *needs), once, once
@@ -278,11 +283,11 @@ class _Layer(torch.autograd.Function):
         ctx.source = _dtypes(source)
         run = repeats.start(x)
         (inner, *norm), saved, first = _attention_fwd(
-            x, attention, seeds[:2], tensors[:10], source, run
+            x, attention, seeds[:2], tensors[:11], source, run
         )
-        source = (*norm, *tensors[8:10]) if needs[10] or feed_forward.recompute else ()
+        source = (*norm, *tensors[8:10]) if needs[11] or feed_forward.recompute else ()
         results, more, second = _feed_forward_fwd(
-            inner, feed_forward, seeds[2], tensors[10:], source, run
+            inner, feed_forward, seeds[2], tensors[11:], source, run
         )
         ctx.knows, ctx.repeats, ctx.count = (first, second), repeats, len(saved)
         return _saved(ctx, results, saved + more)
@@ -291,16 +296,16 @@ class _Layer(torch.autograd.Function):
     @first_order_only
     def backward(ctx, dy: Tensor | None, *unused):
         if dy is None:
-            return (None,) * 21
+            return (None,) * 22
         need_x, _, _, _, _, *needs = ctx.needs_input_grad
         saved, (first, second) = ctx.saved_tensors, ctx.knows
         dy = dy.contiguous()  # as that of every other layer
         run = ctx.repeats.start(dy, need_x, *needs)
-        in_first = need_x, *needs[:10]
+        in_first = need_x, *needs[:11]
         dinner, *behind = _feed_forward_bwd(
-            dy, saved[ctx.count :], second, (any(in_first), *needs[10:]), run
+            dy, saved[ctx.count :], second, (any(in_first), *needs[11:]), run
         )
-        before = [None] * 11
+        before = [None] * 12
         if dinner is not None:
             run_source = ctx.repeats.start(dy, *ctx.source)  # below may be no layer
             before = _attention_bwd(dinner, saved[: ctx.count], first, in_first, run, run_source)
@@ -355,12 +360,13 @@ def attention_half(
     ``[T, E]`` by three linear layers.
 
     Args:
+        batch: where the sequences are, with a bias of the scores or without.
         seeds: from `fastbert.ops.dropout.dropout_seeds`, for dropout in attention and behind it;
             None where nothing is dropped.
     """
     half = _Attention(batch, head_size, scale, attention_dropout_p, eps, dropout_p, norm_dtype(x))
     y, z, statistics = _AttentionHalf.apply(
-        x, half, seeds, *weights, *biases, weight, bias, norm_weight, norm_bias
+        x, half, seeds, *weights, *biases, weight, bias, norm_weight, norm_bias, batch.bias
     )
     return remember(y, z, statistics, norm_weight, norm_bias)
 
@@ -409,6 +415,7 @@ def whole_layer(
 
     Args:
         x: ``[T, E]``, contiguous.
+        batch: as of `attention_half`.
         tensors: weights and biases of q, k and v, those of the projection and of its norm, of both
             products of the second half and of its norm.
         eps, dropout_p: of the two norms, and in front of them.
@@ -419,5 +426,6 @@ def whole_layer(
     (first_eps, last_eps), (first_p, last_p) = eps, dropout_p
     attention = _Attention(batch, head_size, scale, attention_dropout_p, first_eps, first_p, dtype)
     feed_forward = _FeedForward(activation, False, last_eps, last_p, dtype)
+    tensors = *tensors[:10], batch.bias, *tensors[10:]
     y, z, statistics = _Layer.apply(x, attention, feed_forward, seeds, repeats, *tensors)
     return remember(y, z, statistics, *tensors[-2:])

@@ -56,6 +56,7 @@ def check(
     cases: int | None = None,
     seconds: float | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
+    only: Case | None = None,
     seed: int = 0,
     shrink: bool = True,
 ) -> Failure | int:
@@ -65,6 +66,7 @@ def check(
         cases: how many; the same for the same seed.
         seconds: or for how long, and at least one.
         dtypes: keys of `DTYPES`.
+        only: what cases have to have, by name; others are drawn, but not run.
         shrink: whether to make a failing case smaller.
 
     Returns:
@@ -72,12 +74,17 @@ def check(
     """
     if (cases is None) == (seconds is None):
         raise ValueError(f"expected cases or seconds, got {cases=} and {seconds=}")
+    known = FUZZERS[kernel].draw(random.Random(seed), next(iter(dtypes)))
+    if only is not None and only.keys() - known.keys():
+        raise ValueError(f"expected only of {', '.join(known)}, got {', '.join(only)}")
     generator = random.Random(seed)
     end, count = time.monotonic() + (seconds or 0.0), 0
     while count == 0 or (time.monotonic() < end if cases is None else count < cases):
         dtype = generator.choice(list(dtypes))
         case = {**FUZZERS[kernel].draw(generator, dtype), "dtype": dtype}
         case["seed"] = generator.randrange(2**31)
+        if only is not None and not only.items() <= case.items():
+            continue
         count += 1
         error = _error(kernel, case, device)
         if error is not None:
