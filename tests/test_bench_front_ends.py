@@ -19,7 +19,7 @@ from fastbert.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = max((ROOT / "benchmarks/results").glob("cpu-*.json"))
 QUICK = ("--suite", "smoke", "--seconds", "0.05")
-NAMES = ("fastbert", "torch eager", "transformers sdpa")
+NAMES = ("fastbert", "torch eager")
 PROVIDERS = [part for name in NAMES for part in ("--provider", name)]
 CHOSEN = ("--workload", "softmax", "--workload", "latency/tiny")
 COUNT = sum(

@@ -232,12 +232,10 @@ def test_the_first_call_in_a_process_may_be_compiled():
 def test_compile_is_one_graph_for_any_mask_and_shape():
     theirs, ours = pair("BertModel", num_hidden_layers=1)
     torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
     found = compiled(**INPUTS)[0]
     assert_as_good(theirs, found)
     assert not found[~REAL].any()
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")  # what is traced is the same
     smaller = {k: v[:3, :7] for k, v in INPUTS.items()}
     left = {**INPUTS, "attention_mask": RIGHT.flip(1)}
     for inputs in (smaller, left, {"input_ids": INPUTS["input_ids"]}):

@@ -298,16 +298,18 @@ def test_positions_count_tokens(family, on_torch):
      if f not in SAME],
 )  # fmt: skip
 def test_compile_and_export_are_one_graph(family, on_torch):
+    """Exported are those whose inputs have ways of their own; what is traced is the same."""
     head = registry.load(family).model.__name__
     layers = NAMES.get(family, {}).get("num_hidden_layers", "num_hidden_layers")
     theirs, ours = pair_of(family, head, **{layers: 2 if family == "albert" else 1})
     inputs = inputs_of(head, RIGHT)
     torch._dynamo.reset()
-    exported = torch.export.export(ours, (), dict(inputs), strict=False).module()
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    traced = [torch.compile(ours, fullgraph=True, backend="eager")]
+    if family in ("distilbert", "mpnet", "roberta"):
+        traced.append(torch.export.export(ours, (), dict(inputs), strict=False).module())
     with torch.no_grad():
-        found = exported(**inputs), compiled(**inputs)
-    check(found[0], theirs, RIGHT.bool(), head, found[1], **inputs)
+        first, *others = (program(**inputs) for program in traced)
+    check(first, theirs, RIGHT.bool(), head, *others, **inputs)
 
 
 @pytest.mark.parametrize(

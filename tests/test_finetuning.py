@@ -349,7 +349,7 @@ def test_patience_and_over_fitting(finetune, tmp_path):
     """Labels that nothing tells: training gets better by heart, dev does not."""
     draw = random.Random(0)
     rows = [{"text": " ".join(sentence(draw)), "label": draw.randint(0, 1)} for _ in range(40)]
-    verdict = finetune(rows=rows, epochs=30, learning_rate=5e-3)
+    verdict = finetune(rows=rows, epochs=16, learning_rate=5e-3)
     step, best, last = verdict.overfits
     assert step < verdict.steps and best < last
     assert any("the loss on dev rose from" in line for line in verdict.lines())
@@ -359,7 +359,7 @@ def test_patience_and_over_fitting(finetune, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
     loss = np.mean([-np.log(line["probabilities"][line["label"]]) for line in lines])
     assert loss == pytest.approx(best["eval_loss"], rel=1e-4), "the best model is the one kept"
-    early = finetune(output="early", rows=rows, epochs=30, learning_rate=5e-3, patience=2)
+    early = finetune(output="early", rows=rows, epochs=16, learning_rate=5e-3, patience=2)
     assert early.steps < verdict.steps
 
 

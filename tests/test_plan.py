@@ -274,8 +274,9 @@ TRAINED = {  # and how many of three layers are one function, or two
 }
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize(
+    ("trained", "autocast"), [*((name, False) for name in TRAINED), ("all", True)]
+)
 def test_layers_with_a_bias_of_the_scores_are_trained_whole(
     trained, autocast, on_kernels, monkeypatch
 ):

@@ -127,6 +127,17 @@ def own_forward(cls: type[nn.Module]) -> bool:
     return cls.forward is _FORWARD_OF[cls]
 
 
+def _forward_is_known(cls: type[nn.Module]) -> bool:
+    """Whether a class works on each row alone, if what is inside it does."""
+    return cls.forward in _FORWARDS and cls.__call__ is nn.Module.__call__
+
+
+# To a compiler these are constants, as the code of classes is to it: what they look through would
+# be a thousand conditions to test in every call.
+for _function in (patched, own_forward, _forward_is_known):
+    _function._dynamo_marked_constant = True
+
+
 _own: dict[tuple[type, type], bool] = {}
 
 
@@ -235,7 +246,7 @@ def _works_by_row(module: nn.Module) -> bool:
     if cls.__module__.startswith(_LIBRARIES):
         known = cls.__name__ not in _COUPLED
     else:
-        known = cls.forward in _FORWARDS and cls.__call__ is nn.Module.__call__
+        known = _forward_is_known(cls)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
         return False  # it normalises over the sequence as well
     forward = module.__dict__.get("forward")
