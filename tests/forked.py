@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastbert.cli.kernels", "fastbert.tasks.embed_file",
-                                 "fastbert.training.pretraining", "fastbert.finetuning.finetune",
-                                 "fastbert.workbench.terminal", "sentence_transformers"])  # fmt: skip
+_CONTEXT.set_forkserver_preload(["fastbert.cli.kernels", "fastbert.workbench.terminal",
+                                 "fastbert.tasks.embed_file", "fastbert.training.pretraining",
+                                 "fastbert.finetuning.finetune",
+                                 "sentence_transformers"])  # fmt: skip
 COMMAND = "from fastbert.cli import main; main()"
 
 

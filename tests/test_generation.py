@@ -385,8 +385,8 @@ def test_score_command(run, folder, ours, tmp_path):
 @pytest.mark.slow
 def test_scoring_is_compared_with_a_loop(minilm_folder):
     """That they say the same is asserted inside."""
-    found = compare(sentences=3, parts=2, device="cpu")
-    assert found.sentences == 3 and found.tokens > 20 and found.ratio > 0
+    found = compare(sentences=2, parts=2, device="cpu")
+    assert found.sentences == 2 and found.tokens > 20 and found.ratio > 0
 
 
 def test_the_documentation_runs(folder, capsys):
