@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert.demo import passages
+from fastbert.ops import onednn_int8
 from fastbert.ops.backend import resolve
 from fastbert.tasks.loading import minilm_folder, quiet, resolve_device
 
@@ -67,10 +68,15 @@ def _ways(model: nn.Module, device: torch.device) -> Iterator[tuple[str, str, nn
             frozen = copy.deepcopy(plain)
             fastbert.accelerate(frozen, frozen=True)
             yield "fastbert, frozen", name, frozen
+        if device.type == "cpu" and name == "fp32" and onednn_int8.available():
+            quantised = copy.deepcopy(plain)
+            fastbert.accelerate(quantised, frozen="int8")
+            yield "fastbert, frozen", "int8", quantised
 
 
 def measure(device: str = "auto", *, texts: int | None = None) -> Iterator[Row]:
-    """Embed with transformers and fastbert in fp32, bf16 and fp16, and compare with fp64.
+    """Embed with transformers and fastbert in fp32, bf16, fp16 and (on a CPU) int8, and compare
+    with fp64.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.

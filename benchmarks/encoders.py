@@ -90,8 +90,12 @@ class Encoders:
     def _make_fastbert(self):
         return self._with_weights(self._make(fastbert.BertModel))
 
+    def make_frozen(self, frozen: bool | str) -> nn.Module:
+        """`fastbert.BertModel` with that option."""
+        return self._with_weights(self._make(fastbert.BertModel, frozen=frozen))
+
     def _make_fastbert_frozen(self):
-        return self._with_weights(self._make(fastbert.BertModel, frozen=True))
+        return self.make_frozen(True)
 
     def _make_fastbert_graphs(self):
         return self._with_weights(self._make(fastbert.BertModel, cuda_graphs=True))

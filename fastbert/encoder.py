@@ -8,6 +8,7 @@ tokens only, and attention finds the boundaries of sequences in the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -124,14 +125,20 @@ def bucket_of(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def encode_on_onednn(hidden: Tensor, batch: PackedBatch, each: list[LayerWeights]) -> Tensor:
+def encode_on_onednn(
+    hidden: Tensor,
+    batch: PackedBatch,
+    each: list[LayerWeights],
+    products: ModuleType = onednn,
+) -> Tensor:
     """`encode_layers` on a CPU, where `fastbert.ops.inference.only_onednn` has found that nothing
     else will run.
 
     Args:
         hidden: ``[T, E]`` packed rows.
         batch: where the sequences are.
-        each: weights as they are, or as `fastbert.ops.onednn.packed` has made them.
+        each: weights as they are, or as ``products.packed`` has made them.
+        products: `fastbert.ops.onednn` or `fastbert.ops.onednn_int8`.
 
     Returns:
         ``[T, E]``.
@@ -140,24 +147,26 @@ def encode_on_onednn(hidden: Tensor, batch: PackedBatch, each: list[LayerWeights
     more = bucket_of(count) - count
     hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
     for weights in each:
-        hidden = _multiply_layer(hidden, batch, weights)
+        hidden = _multiply_layer(hidden, batch, weights, products)
     return hidden[:count] if more else hidden
 
 
-def _multiply_layer(hidden: Tensor, batch: PackedBatch, weights: LayerWeights) -> Tensor:
+def _multiply_layer(
+    hidden: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
+) -> Tensor:
     """`encode_layer`; rows behind those of the batch may hold anything."""
     context = _attend_in_torch(
-        [onednn.product(hidden, *part, None) for part in weights.qkv], batch, weights
+        [products.product(hidden, *part, None) for part in weights.qkv], batch, weights
     )
     more = hidden.shape[0] - context.shape[0]
     context = F.pad(context, (0, 0, 0, more)) if more else context
-    total = onednn.product_add(context, *weights.attention_output, hidden)
+    total = products.product_add(context, *weights.attention_output, hidden)
     hidden = _normed(total, weights.attention_norm)
     fused = weights.activation if weights.activation in onednn.EPILOGUES else None
-    inner = onednn.product(hidden, *weights.intermediate, fused)
+    inner = products.product(hidden, *weights.intermediate, fused)
     if fused is None:
         inner = ops.activate(inner, weights.activation)
-    return _normed(onednn.product_add(inner, *weights.output, hidden), weights.output_norm)
+    return _normed(products.product_add(inner, *weights.output, hidden), weights.output_norm)
 
 
 def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeights) -> Tensor:

@@ -1,8 +1,9 @@
 """Layers in inference from copies of their weights, for who promises that the weights stay.
 
 This is the one place that keeps copies of weights. On a CPU in fp32 and bf16 they are in the layout
-that oneDNN multiplies with, so that no call reorders them, and q, k and v are one product;
-elsewhere nothing is copied and layers run as they do.
+that oneDNN multiplies with, so that no call reorders them, and q, k and v are one product; in int8,
+for who asks for it, a quarter of the memory and another result. Elsewhere nothing is copied and
+layers run as they do.
 
 A promise may be broken: in every call the weights are compared with what was copied, by memory and
 by torch's count of changes in place, and copied again where they differ. Changes that torch does
@@ -14,36 +15,39 @@ from __future__ import annotations
 import logging
 import threading
 from operator import attrgetter
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .encoder import encode_layers, encode_on_onednn
-from .ops import onednn
+from .ops import onednn, onednn_int8
 from .ops.linear import plain_on_cpu, rows_on_onednn
 from .packing import PackedBatch, PaddedBatch
 from .weights import Layers, LayerWeights, Linear
 
-__all__ = ["Frozen"]
+__all__ = ["FORMS", "Frozen"]
 
+# What ``frozen`` may be -> what multiplies with the copies.
+FORMS: dict[bool | str, ModuleType] = {True: onednn, "int8": onednn_int8}
 _log = logging.getLogger("fastbert")
 _VERSION = attrgetter("_version")
 
 
-def _of_copies(weights: LayerWeights) -> LayerWeights:
+def _of_copies(weights: LayerWeights, products: ModuleType) -> LayerWeights:
     """The same layer, its products from copies of their weights, q, k and v joined."""
     names = ("attention_output", "intermediate", "output")
-    linears = {name: _packed(getattr(weights, name)) for name in names}
-    return weights._replace(qkv=(_packed(*weights.qkv),), **linears)
+    linears = {name: _packed(products, getattr(weights, name)) for name in names}
+    return weights._replace(qkv=(_packed(products, *weights.qkv),), **linears)
 
 
-def _packed(*parts: Linear) -> Linear:
+def _packed(products: ModuleType, *parts: Linear) -> Linear:
     """Linear layers over the same rows as one that oneDNN multiplies with."""
     if len(parts) == 1:
         ((weight, bias),) = parts
-        return Linear(onednn.packed(weight), bias)
-    weight = onednn.packed(torch.cat([weight for weight, _ in parts]))
+        return Linear(products.packed(weight), bias)
+    weight = products.packed(torch.cat([weight for weight, _ in parts]))
     if all(bias is None for _, bias in parts):
         return Linear(weight, None)
     return Linear(
@@ -73,14 +77,26 @@ class Frozen:
 
     May be called from several threads. A copy of it, as of a model that is copied or pickled, has
     no copies of weights yet.
+
+    Args:
+        form: one of `FORMS`.
+
+    Raises:
+        ValueError: it is none, or this torch does not have its products.
     """
 
-    def __init__(self):
+    def __init__(self, form: bool | str = True):
+        if form not in FORMS:
+            raise ValueError(f"frozen: expected True, False or 'int8', got {form!r}")
+        if form == "int8" and not onednn_int8.available():
+            raise ValueError("frozen='int8': this build of torch has no products in int8 (oneDNN)")
+        self._form, self._products = form, FORMS[form]
         self._lock = threading.Lock()
         self._made: _Copies | None = None
+        self._said = False
 
     def __reduce__(self):
-        return Frozen, ()
+        return Frozen, (self._form,)
 
     def __call__(self, rows: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
         """`fastbert.encoder.encode_layers`, whose arguments these are."""
@@ -88,14 +104,21 @@ class Frozen:
             isinstance(batch, PackedBatch)
             and layers.tensors
             and rows.dtype == layers.tensors[0].dtype
-            and rows_on_onednn(rows, onednn.DTYPES)
+            and rows_on_onednn(rows, self._products.DTYPES)
         )
         copies = self._copies(layers) if takes else None
-        if self._made and (rows.dtype not in onednn.DTYPES or rows.device.type != "cpu"):
+        if self._made and (rows.dtype not in self._products.DTYPES or rows.device.type != "cpu"):
             self.forget()  # the model has moved to where there are none
+        if copies is None and self._form == "int8" and not self._said:
+            self._said = True
+            _log.warning(
+                "fastbert: frozen='int8' has no effect here, layers run as they are: it is for "
+                "fp32 on a CPU, without autocast or the backend triton, and for layers of plain "
+                "weights with norms behind their halves"
+            )
         if copies is None or torch.is_grad_enabled():
             return encode_layers(rows, batch, layers)
-        return encode_on_onednn(rows, batch, copies)
+        return encode_on_onednn(rows, batch, copies, self._products)
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +127,7 @@ class Frozen:
         linears = [
             x for w in each or () for x in (*w.qkv, w.attention_output, w.intermediate, w.output)
         ]
-        return sum(x.weight.dtype.itemsize * x.weight.numel() for x in linears)
+        return sum(self._products.nbytes(x.weight) for x in linears)
 
     def forget(self) -> None:
         """Give up the copies and their memory. They are made again when they are needed."""
@@ -128,11 +151,13 @@ class Frozen:
         of = [t for weights in layers.each for t in _copied(weights)]
         stamp = _stamp(of)
         (dtype, *others) = {t.dtype for t in layers.tensors}
-        known = dtype in onednn.DTYPES and not others and all(map(plain_on_cpu, layers.tensors))
+        known = (
+            dtype in self._products.DTYPES and not others and all(map(plain_on_cpu, layers.tensors))
+        )
         if known and stamp is not None:
             # Outside of inference mode, whose tensors a call with gradients could not read.
             with torch.inference_mode(False), torch.no_grad():
-                each = [_of_copies(weights) for weights in layers.each]
+                each = [_of_copies(weights, self._products) for weights in layers.each]
         self._made = _Copies(layers, of, stamp, each)
         return self._made
 

@@ -11,6 +11,8 @@ def test_rows_are_as_exact_as_those_of_transformers(minilm_folder, on_torch, cap
     accuracy.main()
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "%" in line]
     rows = {(dtype.strip(), library.strip()): rest for dtype, library, *rest in lines}
+    quantised = rows.pop(("int8", "fastbert, frozen"), None)
+    assert quantised is None or 0.98 < float(quantised[1]) < 0.9999
     assert [dtype for dtype, _ in rows] == ["fp32"] * 3 + ["bf16"] * 3 + ["fp16"] * 2
     for (dtype, _), (off_by, cosine, first, ten) in rows.items():
         theirs = float(rows[dtype, "transformers"][0])
@@ -31,6 +33,6 @@ def test_a_model_that_is_off_shows(minilm_folder, on_torch, monkeypatch):
         return found.roll(1, 0) if ours and passages else found
 
     monkeypatch.setattr(accuracy, "_vectors", worse)
-    plain, ours, _ = accuracy.measure("cpu", texts=12)
+    plain, ours, *_ = accuracy.measure("cpu", texts=12)
     assert plain.first == plain.set_of_ten == 1.0 and plain.off_by < 1e-6
     assert ours.first < 0.2 and ours.off_by > 0.1 and ours.cosine < 0.9

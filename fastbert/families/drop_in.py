@@ -174,7 +174,7 @@ class DropIn:
         padding: str = "zeros",
         skip_logits: bool = False,
         cuda_graphs: bool = False,
-        frozen: bool = False,
+        frozen: bool | str = False,
         **kwargs,
     ):
         if not isinstance(config, self.family.config):
@@ -216,7 +216,7 @@ class DropIn:
 
 
 def set_options(
-    model: nn.Module, *, padding: str, skip_logits: bool, cuda_graphs: bool, frozen: bool
+    model: nn.Module, *, padding: str, skip_logits: bool, cuda_graphs: bool, frozen: bool | str
 ) -> list[DropIn]:
     """Set what drop-in models inside ``model``, itself included, do otherwise than by default.
 
@@ -228,6 +228,8 @@ def set_options(
     """
     if padding not in ("zeros", "keep"):
         raise ValueError(f"padding: expected 'zeros' or 'keep', got {padding!r}")
+    if frozen:
+        Frozen(frozen)  # says what is wrong with it before anything is set
     inside = [m for m in model.modules() if isinstance(m, DropIn)]
     able = [m for m in inside if m._can_skip_logits]
     if skip_logits and not able:
@@ -251,7 +253,7 @@ def set_options(
         changed += inside
     if frozen:
         for module in inside:
-            module.frozen = Frozen()
+            module.frozen = Frozen(frozen)
         changed += inside
     return changed
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DTYPES", "EPILOGUES", "available", "packed", "product", "product_add"]
+__all__ = ["DTYPES", "EPILOGUES", "available", "nbytes", "packed", "product", "product_add"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -64,6 +64,11 @@ def packed(weight: Tensor, rows: int = 128) -> Tensor:
     It takes any number of rows, and is opaque: nothing but `product` and `product_add` reads it.
     """
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().contiguous(), rows)
+
+
+def nbytes(weight: Tensor) -> int:
+    """Memory of what `packed` has made, which is opaque to torch's own ``nbytes``."""
+    return weight.dtype.itemsize * weight.numel()
 
 
 def _works(dtype: torch.dtype) -> bool:
