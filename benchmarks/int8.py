@@ -22,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoders import Encoders
+from .encoders import Encoders, Inputs
 from .results import machine_facts
-from .shapes import MODELS
+from .shapes import MODELS, draw_lengths
 
-__all__ = ["Compared", "compare", "main"]
+__all__ = ["Compared", "compare", "main", "ways_of"]
 
 FP32, INT8, PEER = "fastbert, frozen", "fastbert, int8", "ONNX Runtime, int8"
-_SHAPES = ((1, 16), (1, 32), (1, 128), (8, 128))
+_SHAPES = (
+    (1, 16, "fixed"), (1, 32, "fixed"), (1, 128, "fixed"), (8, 128, "fixed"), (8, 128, "uniform"),
+)  # fmt: skip
 
 
 class Compared(NamedTuple):
@@ -44,7 +46,7 @@ class Compared(NamedTuple):
     cosine: float
 
 
-def _quantised_session(encoders: Encoders) -> Callable[[Tensor], Tensor]:
+def _quantised_session(encoders: Encoders) -> Callable[[Inputs], Tensor]:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -57,53 +59,70 @@ def _quantised_session(encoders: Encoders) -> Callable[[Tensor], Tensor]:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
 
-    def run(ids: Tensor) -> Tensor:
-        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-        return torch.from_numpy(session.run(None, feed)[0])
+    def run(x: Inputs) -> Tensor:
+        return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in x.items()})[0])
 
     return run
 
 
-def _ours(encoders: Encoders, frozen: bool | str) -> Callable[[Tensor], Tensor]:
+def _ours(encoders: Encoders, frozen: bool | str) -> Callable[[Inputs], Tensor]:
     model = encoders.make_frozen(frozen)
 
-    def run(ids: Tensor) -> Tensor:
+    def run(x: Inputs) -> Tensor:
         with torch.inference_mode():
-            return model(input_ids=ids).last_hidden_state
+            return model(**x).last_hidden_state
 
     return run
 
 
-def compare(model: str, batch: int, length: int, *, rounds: int) -> dict[str, Compared]:
+def ways_of(encoders: Encoders) -> dict[str, Callable[[Inputs], Tensor]]:
+    """All that is installed, by name."""
+    ways = {FP32: _ours(encoders, True), INT8: _ours(encoders, "int8")}
+    if all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "onnxscript"))):
+        ways[PEER] = _quantised_session(encoders)
+    return ways
+
+
+def compare(
+    ways: dict[str, Callable[[Inputs], Tensor]],
+    encoders: Encoders,
+    batch: int,
+    length: int,
+    lengths: str,
+    *,
+    rounds: int,
+) -> dict[str, Compared]:
     """Run all in turns.
 
     Args:
-        model: a key of `fastbert.benchmarks.shapes.MODELS`.
-        batch, length: of the batch, without padding.
+        ways: from `ways_of`.
+        encoders: what they were made of.
+        batch, length, lengths: of the batch; the last one as of `draw_lengths`.
         rounds: turns of each.
 
     Raises:
         AssertionError: fp32 is not transformers' result.
     """
-    encoders = Encoders(model, torch.float32, "cpu")
-    ways = {FP32: _ours(encoders, True), INT8: _ours(encoders, "int8")}
-    if all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "onnxscript"))):
-        ways[PEER] = _quantised_session(encoders)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, MODELS[model].vocab_size, (batch, length), generator=generator)
+    vocabulary = MODELS[encoders.size].vocab_size
+    ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    ends = torch.tensor(draw_lengths(lengths, batch, length))
+    real = torch.arange(length) < ends[:, None]
+    x = {"input_ids": ids, "attention_mask": real.long()}
     with torch.inference_mode():
-        expected = encoders.sdpa(input_ids=ids).last_hidden_state
+        expected = encoders.sdpa(**x).last_hidden_state[real]
     cosines = {
-        name: F.cosine_similarity(run(ids), expected, dim=-1).min().item()
+        name: F.cosine_similarity(run(x)[real], expected, dim=-1).min().item()
         for name, run in ways.items()
     }
     assert cosines[FP32] > 1 - 1e-5, f"{FP32}: a cosine of {cosines[FP32]} with transformers"
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
-            run(ids)  # what another one has put out of the caches is back
+            time.sleep(0.1)  # threads of the last one go on spinning for a while
+            run(x)  # what that one has put out of the caches is back
             start = time.perf_counter()
-            run(ids)
+            run(x)
             taken[name].append(time.perf_counter() - start)
     return {name: Compared(statistics.median(taken[name]), cosines[name]) for name in ways}
 
@@ -119,12 +138,15 @@ def main() -> None:
     print(f"| | {FP32}, ms | {INT8}, ms | gain | {PEER}, ms | cosine, {INT8} | cosine, {PEER} |")
     print("|---|---|---|---|---|---|---|")
     for model in given.model or ("minilm", "base"):
-        for batch, length in _SHAPES:
-            found = compare(model, batch, length, rounds=given.rounds)
+        encoders = Encoders(model, torch.float32, "cpu")
+        ways = ways_of(encoders)
+        for batch, length, lengths in _SHAPES:
+            found = compare(ways, encoders, batch, length, lengths, rounds=given.rounds)
+            name = f"{model} B{batch} S{length}" + (", ragged" if lengths == "uniform" else "")
             exact, ours = found[FP32], found[INT8]
             peer = found.get(PEER, Compared(math.nan, math.nan))
             print(
-                f"| {model} B{batch} S{length} | {1e3 * exact.seconds:.1f} | "
+                f"| {name} | {1e3 * exact.seconds:.1f} | "
                 f"{1e3 * ours.seconds:.1f} | {exact.seconds / ours.seconds:.2f}x | "
                 f"{1e3 * peer.seconds:.1f} | {ours.cosine:.4f} | {peer.cosine:.4f} |",
                 flush=True,

@@ -195,3 +195,25 @@ def test_embeddings_of_a_real_model(minilm_folder):
     with fastbert.accelerate(model, frozen="int8"):
         found = model.encode(texts, convert_to_tensor=True)
     assert torch.cosine_similarity(found, exact).min() > 0.99
+
+
+def test_it_is_compared_behind_a_check(monkeypatch, capsys):
+    from fastbert.benchmarks import int8
+
+    monkeypatch.setattr(int8, "_quantised_session", lambda encoders: int8._ours(encoders, True))
+    monkeypatch.setattr("sys.argv", ["int8", "--model", "tiny", "--rounds", "1"])
+    int8.main()
+    rows = [
+        line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "tiny" in line
+    ]
+    assert len(rows) == 5 and rows[-1][0].strip() == "tiny B8 S128, ragged"
+    assert all(0.99 < float(row[5]) < 1.00001 for row in rows)
+    made = int8._ours
+
+    def wrong(encoders, frozen):
+        run = made(encoders, frozen)
+        return (lambda x: run(x).flip(-1)) if frozen is True else run
+
+    monkeypatch.setattr(int8, "_ours", wrong)
+    with pytest.raises(AssertionError, match="a cosine of"):
+        int8.main()
