@@ -7,6 +7,7 @@ knows of any other step, and `run_gpu` ends what takes too long.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import shutil
@@ -16,6 +17,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,9 @@ from .session import run_suite
 from .tracing import profile_forward
 from .workload import OURS, Unavailable, Workload, WrongResult
 
-__all__ = ["GROUPS", "check", "main", "measure_group", "preflight", "profile", "same_bits"]
+__all__ = [
+    "GROUPS", "check", "main", "measure_group", "preflight", "profile", "resources_of", "same_bits",
+]  # fmt: skip
 
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
 # fp64 scores of one workload, times three: what the processes of a check may hold together.
@@ -105,10 +109,35 @@ def _checked() -> list[Workload]:
     return sorted(filter(fits, found.values()), key=lambda w: "attention backward" not in w.op)
 
 
+def _loaded() -> list[Any]:
+    """What Triton has compiled and loaded in this process."""
+    from triton.compiler.compiler import CompiledKernel
+
+    found = [o for o in gc.get_objects() if isinstance(o, CompiledKernel)]
+    return [kernel for kernel in found if kernel.module is not None]
+
+
+def resources_of(kernels: list[Any]) -> str:
+    """Registers of compiled kernels as the driver has them, and which have a stack.
+
+    Offline (``tests/compiled.txt``) none has one; another ptxas may say otherwise.
+    """
+    most = max((kernel.n_regs for kernel in kernels), default=0)
+    stacks = sorted(
+        f"    {kernel.name}, {kernel.metadata.num_warps} warps: {kernel.n_regs} registers, "
+        f"{4 * kernel.n_spills} bytes of stack"
+        for kernel in kernels
+        if kernel.n_spills
+    )
+    counted = f"{len(kernels)} kernels loaded, at most {most} registers, {len(stacks)} with a stack"
+    return "\n".join([counted, *stacks])
+
+
 def check(shard: int, of: int) -> int:
     """Each of our kernels twice on this shard's workloads: against fp64, and bit for bit.
 
-    Also fills Triton's cache for the steps that measure. Returns how many are wrong.
+    Says what registers they have. Also fills Triton's cache for the steps that measure. Returns how
+    many are wrong.
     """
     wrong = 0
     todo = _checked()[shard::of]
@@ -133,6 +162,7 @@ def check(shard: int, of: int) -> int:
         _say(f"{workload}: {verdict} [{time.perf_counter() - start:.1f} s]")
         prepared = run = first = second = None
         torch.cuda.empty_cache()
+    _say(resources_of(_loaded()))
     _say(f"checked {len(todo)} workloads, {wrong} wrong")
     return wrong
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,11 +194,24 @@ def test_a_check_compares_with_fp64_and_the_second_run_with_the_first(monkeypatc
     monkeypatch.setattr(gpu_steps, "_checked", lambda: todo)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert gpu_steps.check(0, 1) == 4
-    right, unwritten, off, unsteady, breaks, _ = capsys.readouterr().out.splitlines()
+    right, unwritten, off, unsteady, breaks, loaded, _ = capsys.readouterr().out.splitlines()
     assert "WRONG: fastbert: 64 of 64 values are not finite" in unwritten
     assert "error" in right and "WRONG: fastbert: error" in off
     assert "WRONG: a second run gave other bits" in unsteady
     assert "WRONG: ZeroDivisionError" in breaks
+    assert loaded == "0 kernels loaded, at most 0 registers, 0 with a stack"
+
+
+def test_a_kernel_that_has_a_stack_on_the_device_is_named():
+    clean, spilling = (
+        SimpleNamespace(
+            name=name, n_regs=registers, n_spills=words, metadata=SimpleNamespace(num_warps=4)
+        )
+        for name, registers, words in (("_softmax", 40, 0), ("_attention", 255, 12))
+    )
+    first, *others = gpu_steps.resources_of([clean, spilling]).splitlines()
+    assert first == "2 kernels loaded, at most 255 registers, 1 with a stack"
+    assert others == ["    _attention, 4 warps: 255 registers, 48 bytes of stack"]
 
 
 def test_bits_are_compared_not_values():
