@@ -7,7 +7,6 @@ knows of any other step, and `run_gpu` ends what takes too long.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -109,14 +108,6 @@ def _checked() -> list[Workload]:
     return sorted(filter(fits, found.values()), key=lambda w: "attention backward" not in w.op)
 
 
-def _loaded() -> list[Any]:
-    """What Triton has compiled and loaded in this process."""
-    from triton.compiler.compiler import CompiledKernel
-
-    found = [o for o in gc.get_objects() if isinstance(o, CompiledKernel)]
-    return [kernel for kernel in found if kernel.module is not None]
-
-
 def resources_of(kernels: list[Any]) -> str:
     """Registers of compiled kernels as the driver has them, and which have a stack.
 
@@ -139,6 +130,8 @@ def check(shard: int, of: int) -> int:
     Says what registers they have. Also fills Triton's cache for the steps that measure. Returns how
     many are wrong.
     """
+    from fastbert.kernels._launch import loaded
+
     wrong = 0
     todo = _checked()[shard::of]
     for workload in todo:
@@ -162,7 +155,7 @@ def check(shard: int, of: int) -> int:
         _say(f"{workload}: {verdict} [{time.perf_counter() - start:.1f} s]")
         prepared = run = first = second = None
         torch.cuda.empty_cache()
-    _say(resources_of(_loaded()))
+    _say(resources_of(loaded()))
     _say(f"checked {len(todo)} workloads, {wrong} wrong")
     return wrong
 

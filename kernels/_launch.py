@@ -12,6 +12,7 @@ without a look at anything but their addresses.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Again", "launch", "noted"]
+__all__ = ["Again", "launch", "loaded", "noted"]
 
 _INT32 = 2**31
 _AT_MOST = 4096  # remembered for one kernel, before all is forgotten
@@ -95,6 +97,12 @@ def launch(
     if note is not None:
         again = partial(run, x, y, z, stream, function, metadata, None, None, None)
         note.prepare(again, values, known.anywhere)
+
+
+def loaded() -> list[CompiledKernel]:
+    """What Triton has compiled in this process and loaded onto a device."""
+    found = [o for o in gc.get_objects() if isinstance(o, CompiledKernel)]
+    return [kernel for kernel in found if kernel.module is not None]
 
 
 class _Notes(threading.local):

@@ -35,6 +35,9 @@ if HAS_TRITON and not HAS_GPU:
     from fastbert.kernels import _interpreter
 
     _interpreter.install(strict=True)
+    # All of them, now: a kernel that is first imported by a test without TRITON_INTERPRET would be
+    # none for the interpreter, in every test behind it.
+    from fastbert.kernels import _variants  # noqa: F401
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by marks
