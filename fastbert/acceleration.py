@@ -130,7 +130,7 @@ def accelerate(
             Training and calls with gradients run as ever. No effect elsewhere. ``"int8"``, for
             models in fp32, quantises the copies to a quarter of that memory, and rows as they come,
             each by itself: faster where products are most of the time, and not the same result
-            (`README.md` has what it does to embeddings). Pre-norm layers stay in fp32.
+            (`docs/accuracy.md` has what it does to a search). Pre-norm layers stay in fp32.
 
     Returns:
         An `Acceleration`: ``handle.undo()`` or ``with fastbert.accelerate(model): ...`` for the

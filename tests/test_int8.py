@@ -12,7 +12,6 @@ from tiny import tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.encoder import bucket_of
 from fastbert.families import registry
 from fastbert.ops import onednn_int8
 
@@ -104,7 +103,7 @@ def test_every_batch_is_near_the_model_and_a_sequence_near_itself_alone(activati
     for lengths in LENGTHS:
         inputs = batch_of(lengths)
         together = hidden(model, inputs)
-        assert copied(model) and bucket_of(sum(lengths)) >= sum(lengths)
+        assert copied(model)
         for i, length in enumerate(lengths):
             if length:
                 alone = {name: t[i : i + 1, :length] for name, t in inputs.items()}

@@ -309,7 +309,9 @@ def test_layers_with_a_bias_of_the_scores_are_trained_whole(
     apart = gradients(output_hidden_states=True)
     assert len(halves) == fused and found.keys() == apart.keys()
     for name in found:
-        torch.testing.assert_close(found[name], apart[name], rtol=1e-3, atol=1e-4)
+        off = (found[name] - apart[name]).norm() / apart[name].norm()
+        # The bias of keys changes nothing: its gradient is nothing but rounding.
+        assert name.endswith(".k.bias") or off < (1e-2 if autocast else 1e-5), (name, off)
 
 
 @pytest.mark.slow
