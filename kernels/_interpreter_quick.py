@@ -3,19 +3,21 @@
 Blocks here are small, so numpy takes little of an operation; the rest is Triton's front end, which
 makes the types of the result, looks at what may be promoted to what, and unpacks shapes, for each
 operation of each program. Here a type is one object for as long as its element type lives, a tensor
-takes its shape from it ready made, and an operation on two like types goes straight to numpy.
+takes its shape from it ready made, an operation on two like types goes straight to numpy (see
+`_interpreter_operators`), and the language is looked through once instead of at every launch.
 Whatever is not met here goes Triton's way, so that results and errors are Triton's. Random cases of
-attention ran 2.2 times as fast, of its backward 2.3, softmax, linear and LayerNorm backward 3,
-cross-entropy 5.
+attention ran 3.5 times as fast, of LayerNorm backward 6, softmax, linear and cross-entropy 3 to 5.
 """
 
-import inspect
+import types
 from collections.abc import Callable
 
 import numpy as np
 import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
+
+from ._interpreter_operators import OPERATIONS, in_int32
 
 __all__ = ["install", "refuse_overflow"]
 
@@ -117,7 +119,7 @@ class _Semantic(type(interpreter.interpreter_semantic)):
         elif kind is not float or name != "fp32":
             return None
         shape = tuple(tensor.type.shape) if tensor.type.is_block() else 1
-        return self._filled(shape, number, tensor.dtype, tensor.type)
+        return self._filled(shape, number or 0, tensor.dtype, tensor.type)  # no zero has a sign
 
     def _filled(self, shape, value, dtype, type):
         data = np.full(shape, value, interpreter._get_np_dtype(dtype))
@@ -127,9 +129,7 @@ class _Semantic(type(interpreter.interpreter_semantic)):
         # Triton computes it once more, in int64, and then asserts nothing unless it is debugged.
         exactly = _EXACTLY.get(binary_op.__name__) if self.refuses_overflow else None
         if lhs.dtype.name == rhs.dtype.name == "int32" and exactly is not None:
-            result = exactly(lhs.handle.data, rhs.handle.data, dtype=np.int64)
-            if result.min() < -(2**31) or result.max() >= 2**31:
-                raise OverflowError(f"int32 overflow in {binary_op.__name__}: cast to tl.int64")
+            in_int32(exactly, lhs.handle.data, rhs.handle.data)
 
     def broadcast_impl_value(self, lhs, rhs):
         left, right = lhs.type, rhs.type
@@ -165,33 +165,52 @@ def _patch_directly(obj, name: str, member: Callable, builder, scope) -> None:
         kwargs["_semantic"] = semantic
         return function(*args, **kwargs)
 
-    scope.set_attr(obj, name, call)
+    directly = OPERATIONS.get((obj, name)) if obj in (tl, core.tensor) else None
+    scope.set_attr(obj, name, directly(call) if directly else call)
 
 
-def _patch_language_once_per_launch() -> None:
-    """As it comes it is patched at every call of a jitted helper."""
-    original = interpreter._patch_lang
-    languages_of: dict[int, frozenset[int]] = {}
-    patched: set[int] = set()
-    scopes: list = []
+class _Patches:
+    """What Triton changes of its language for a launch, found once, to be done and undone.
 
-    class _Outer:
-        def restore(self):
-            for scope in reversed(scopes):
-                scope.restore()
-            scopes.clear()
-            patched.clear()
+    And numpy keeps quiet for as long, as a GPU does, of what overflows or is no number.
+    """
+
+    def __init__(self):
+        everything = types.SimpleNamespace(__globals__={"tl": tl, "core": core})
+        scope = interpreter._patch_lang(everything)
+        self._before, self._now = {}, {}
+        for obj, name, before in scope._changes:
+            self._before.setdefault((obj, name), before)
+            self._now[obj, name] = getattr(obj, name)
+        self.done = True
+        self._says = np.geterr()
+
+    def apply(self) -> None:
+        if not self.done:
+            self._says = np.seterr(all="ignore")
+            for (obj, name), now in self._now.items():
+                setattr(obj, name, now)
+            self.done = True
+
+    def restore(self) -> None:
+        if self.done:
+            for (obj, name), before in self._before.items():
+                if before is interpreter._MISSING:
+                    delattr(obj, name)
+                else:
+                    setattr(obj, name, before)
+            np.seterr(**self._says)
+            self.done = False
+
+
+def _patch_language_once() -> None:
+    """As it comes, the language is looked through at every launch and call of a jitted helper."""
+    patches = _Patches()
+    patches.restore()
 
     def patch_lang(fn):
-        module = fn.__globals__
-        if id(module) not in languages_of:
-            languages_of[id(module)] = frozenset(
-                id(v) for v in module.values() if inspect.ismodule(v) and v in (tl, tl.core)
-            )
-        if not languages_of[id(module)] <= patched:
-            patched.update(languages_of[id(module)])
-            scopes.append(original(fn))
-        return _Outer()
+        patches.apply()
+        return patches
 
     interpreter._patch_lang = patch_lang
 
@@ -204,6 +223,6 @@ def refuse_overflow() -> None:
 def install() -> None:
     """Make the interpreter of this process quick; to be called once."""
     _make_types_once()
-    _patch_language_once_per_launch()
     interpreter._patch_attr = _patch_directly
     interpreter.interpreter_semantic.__class__ = _Semantic
+    _patch_language_once()

@@ -3,6 +3,7 @@
 That its results are right is what every test of a kernel says.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -15,6 +16,7 @@ if torch.cuda.is_available():
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from fastbert.kernels._interpreter_operators import OPERATIONS  # noqa: E402
 from triton.language.semantic import TritonSemantic  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -42,15 +44,19 @@ def tensor(dtype, shape):
 
 
 def outcome(semantic, method, *args):
+    return outcome_of(getattr(semantic, method), *args)
+
+
+def outcome_of(function, *args):
     """Types, shapes, values and dtypes in numpy of what comes back, or the error."""
     with np.errstate(all="ignore"):
         try:
-            result = getattr(semantic, method)(*args)
+            result = function(*args)
         except Exception as error:
             return type(error), str(error)
     return [
         (str(t.type), str(t.dtype), [s.value for s in t.shape], t.numel.value,
-         str(t.handle.dtype), t.handle.data.dtype, t.handle.data.shape, t.handle.data.tolist())
+         str(t.handle.dtype), t.handle.data.dtype, t.handle.data.shape, t.handle.data.tobytes())
         for t in (result if isinstance(result, tuple) else (result,))
     ]  # fmt: skip
 
@@ -111,3 +117,155 @@ def test_a_type_is_one_object():
         tl.block_type(tl.float32, [3])
     with pytest.raises(TypeError):
         tl.block_type(tl.float32, [])
+
+
+# As Triton has them: nothing is launched while this file is imported.
+TRITONS_OWN = {key: getattr(*key) for key in OPERATIONS}
+BINARY = [name for owner, name in OPERATIONS if owner is tl.tensor and name not in (
+    "__getitem__", "to")]  # fmt: skip
+SPECIAL = {"fp32": [np.nan, np.inf, -np.inf, -0.0, 1e-45, 3e38, -1.5, 65519.0],
+           "fp16": [np.nan, np.inf, -0.0, 6e-8, 65504.0, -2.0, 1.0, 3.0],
+           "int1": [0, 1, 1, 0, 0, 0, 1, 1],
+           "uint32": [0, 1, 2**31, 2**32 - 1, 5, 2**31 - 1, 7, 31],
+           "int32": [0, 1, -1, 2**31 - 1, -(2**31), 77, -13, 31],
+           "int64": [0, 1, -1, 2**63 - 1, -(2**63), 2**40, -13, 31]}  # fmt: skip
+
+
+def special(dtype, shape):
+    """Values at the ends of a type, in another order for another shape."""
+    values = SPECIAL.get(dtype.name)
+    if values is None:
+        return tensor(dtype, shape)
+    count, start = int(np.prod(shape, dtype=int)), len(shape)
+    data = np.array([values[(start + i) % 8] for i in range(count)])
+    data = data.astype(interpreter._get_np_dtype(dtype)).reshape(shape or 1)
+    return tl.tensor(
+        interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype
+    )
+
+
+def both_ways(owner, name):
+    """The operation that goes to numpy where it can, Triton's own, and how often it was asked."""
+    asked = []
+    tritons = functools.partial(TRITONS_OWN[owner, name], _semantic=QUICK)
+
+    def ask(*args, **kwargs):
+        asked.append(args)
+        return tritons(*args, **kwargs)
+
+    return OPERATIONS[owner, name](ask), tritons, asked
+
+
+@pytest.mark.filterwarnings("ignore:Value .* exceeds the maximum bitwidth")
+@pytest.mark.parametrize("name", BINARY)
+def test_an_operation_that_goes_to_numpy_is_tritons(name):
+    direct, tritons, asked = both_ways(tl.tensor, name)
+    cases = 0
+    for left, shape in itertools.product(DTYPES, SHAPES):
+        others = [*NUMBERS, float("-inf"), float("nan"), 31, 32, tl.constexpr(3), tl.constexpr(0.5)]
+        others += [special(left, other) for other in SHAPES]
+        others += [special(right, other) for right in DTYPES for other in ((), (4,))]
+        for other in others:
+            cases += 1
+            args = special(left, shape), other
+            assert outcome_of(direct, *args) == outcome_of(tritons, *args), (left, shape, other)
+    assert len(asked) < cases - 50
+
+
+def test_blocks_of_one_type_go_to_numpy():
+    for name in BINARY:
+        dtype = tl.uint32 if name in ("__and__", "__or__", "__xor__", "__rshift__") else tl.float32
+        direct, _, asked = both_ways(tl.tensor, name)
+        block = tensor(dtype, (2, 4))
+        for other in (block, tensor(dtype, (2, 1)), tensor(dtype, ()), 3):
+            direct(block, other)
+        assert not asked, name
+
+
+def test_casts_and_indices_that_go_to_numpy_are_tritons():
+    direct, tritons, asked = both_ways(tl.tensor, "to")
+    for dtype, target, shape in itertools.product(DTYPES[:-1], DTYPES[:-1], SHAPES):
+        args = special(dtype, shape), target
+        assert outcome_of(direct, *args) == outcome_of(tritons, *args), (dtype, target, shape)
+    assert 0 < len(asked) < len(DTYPES[:-1]) ** 2 * len(SHAPES)
+    direct, tritons, asked = both_ways(tl.tensor, "__getitem__")
+    new, whole = None, slice(None)
+    indices = [(new, whole), (whole, new), (new, whole, new), (whole, whole, new), (new,), new,
+               (slice(0, 1), new), (whole,), (0, whole)]  # fmt: skip
+    for dtype, shape, index in itertools.product(DTYPES, SHAPES, indices):
+        args = special(dtype, shape), index
+        assert outcome_of(direct, *args) == outcome_of(tritons, *args), (dtype, shape, index)
+
+
+def test_selections_that_go_to_numpy_are_tritons():
+    direct, tritons, asked = both_ways(tl, "where")
+    cases = 0
+    plain = (tl.int32, tl.float32, tl.bfloat16, tl.int64)
+    shapes = ((), (4,), (1, 4), (2, 1), (2, 4))
+    for shown, left, dtype in itertools.product(shapes, shapes, plain):
+        x = special(dtype, left)
+        for y in (0, 0.5, float("-inf"), *(special(d, r) for d in plain for r in shapes)):
+            for args in ((x, y), (y, x)):
+                cases += 1
+                args = special(tl.int1, shown), *args
+                assert outcome_of(direct, *args) == outcome_of(tritons, *args), args
+    assert len(asked) < cases - 50
+
+
+def test_products_that_go_to_numpy_are_tritons():
+    direct, tritons, asked = both_ways(tl, "trans")
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        for axes in ((), (1, 0), ((1, 0),), (0, 1)):
+            args = special(dtype, shape), *axes
+            assert outcome_of(direct, *args) == outcome_of(tritons, *args), args
+    assert len(asked) < len(DTYPES) * len(SHAPES) * 4
+
+    direct, tritons, asked = both_ways(tl, "dot")
+    shapes = ((2, 4), (4, 2), (4, 8), (4,), (1, 2, 4), (1, 4, 2))
+    starts = (None, tensor(tl.float32, (2, 2)), tensor(tl.float32, (4, 4)),
+              tensor(tl.float16, (2, 2)), tensor(tl.int32, (2, 2)))  # fmt: skip
+    choices = ({}, {"input_precision": "tf32"}, {"input_precision": "ieee"},
+               {"input_precision": "none"}, {"out_dtype": tl.float16})  # fmt: skip
+    factors = [tensor(dtype, shape) for dtype in DTYPES for shape in shapes]
+    cases = 0
+    for left, right in itertools.product(factors, repeat=2):
+        alike = left.dtype == right.dtype
+        for acc, options in itertools.product(starts, choices if alike else choices[:1]):
+            cases += 1
+            args = left, right, acc
+            expected = outcome_of(functools.partial(tritons, **options), *args)
+            assert outcome_of(functools.partial(direct, **options), *args) == expected, args
+    assert len(asked) < cases
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if not d.is_ptr()], ids=str)
+def test_memory_that_goes_to_numpy_is_read_and_written_as_triton_does(dtype):
+    read, tritons_read, asked = both_ways(tl, "load")
+    write, tritons_write, _ = both_ways(tl, "store")
+    pointers = tl.pointer_type(dtype)
+    size = max(1, dtype.primitive_bitwidth // 8)
+    memory = np.arange(8 * size, dtype=np.uint8) % (2 if dtype == tl.int1 else 251)
+    cases = 0
+    for shape, masks in itertools.product(((), (4,), (2, 4)), ((), (4,), (2, 1), (2, 4))):
+        offsets = size * np.arange(int(np.prod(shape, dtype=int)), dtype=np.uint64)
+        addresses = (memory.ctypes.data + offsets).reshape(shape or 1)
+        handle = interpreter.TensorHandle(addresses, pointers)
+        pointer = tl.tensor(handle, tl.block_type(pointers, list(shape)) if shape else pointers)
+        for mask in (None, special(tl.int1, masks)):
+            for other in (None, 0, 0.0, 1, 0.5, -1, float("-inf"), special(tl.float32, shape)):
+                cases += 1
+                args = pointer, mask, other
+                assert outcome_of(read, *args) == outcome_of(tritons_read, *args), args
+            for value in (3, *(special(d, s) for d in DTYPES for s in ((), shape, masks))):
+                found = []
+                for store in (write, tritons_write):
+                    before = memory.copy()
+                    try:
+                        with np.errstate(all="ignore"):
+                            store(pointer, value, mask)
+                        found.append(memory.tobytes())
+                    except Exception as error:
+                        found.append((type(error), str(error)))
+                    memory[:] = before
+                assert found[0] == found[1], (pointer, value, mask)
+    assert (len(asked) == cases) == (dtype.name in ("int1", "uint32", "fp64"))
