@@ -80,6 +80,39 @@ def test_a_wrong_factor_is_found_below_the_rounding_of_every_value(dtype):
         assert_matches(scaled.to(dtype), specification, (x, weight, more), "scaled")
 
 
+@pytest.mark.parametrize("inside", [None, torch.float32], ids=["as stored", "in fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ending_early_changes_no_verdict(dtype, inside, monkeypatch):
+    """Of results that are off by ever more: by nothing, by rounding, by a factor, by much."""
+    early = testing._is_settled
+    runs, verdicts = [], []
+    for seed, off in enumerate((0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(64, 100).to(dtype), torch.randn(8, 100).to(dtype)
+        exact = x.double() @ weight.double().T
+        for wrong in (exact * (1 + off), exact + off * exact.abs().max() * torch.randn(64, 8)):
+            found = []
+            for settled in (early, lambda *args: False):
+                monkeypatch.setattr(testing, "_is_settled", settled)
+                called = []
+
+                def specification(x, weight, called=called):
+                    called.append(x)
+                    return F.linear(x, weight)
+
+                try:
+                    args = (x, weight), "off"
+                    assert_matches(wrong.to(dtype), specification, *args, inside=inside)
+                    found.append(None)
+                except AssertionError as error:
+                    found.append(str(error))
+                runs.append(len(called))
+            assert found[0] == found[1], (off, found)
+            verdicts.append(found[0] is None)
+    assert any(verdicts) and not all(verdicts)
+    assert min(runs[::2]) <= 4 < 16 <= min(runs[1::2])
+
+
 def test_storing_costs_half_a_unit_in_the_last_place():
     x = torch.tensor([0.3, 1.0, 1.7, 100.3, 0.01])
     for dtype in DTYPES[1:]:
