@@ -207,15 +207,10 @@ class PackedBatch:
         starts = self.cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=count)
         return sequences, torch.arange(count, device=self.device) - starts
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbours of equal length as ``(first_row, how_many, length)``, empty ones left out."""
-        runs, row = [], 0
-        for length, group in groupby(self.lengths):
-            count = sum(1 for _ in group)
-            if length:
-                runs.append((row, count, length))
-            row += count * length
-        return runs
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbours of equal length as ``(how_many, length)``, empty ones left out."""
+        groups = groupby(self.lengths)
+        return [(sum(1 for _ in group), length) for length, group in groups if length]
 
     def tile_map(self, block: int) -> Tensor:
         """int32 ``[num_tiles, 2]``: the (sequence, tile) pairs that cover every row in tiles of

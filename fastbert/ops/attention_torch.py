@@ -49,15 +49,17 @@ def varlen_in_torch(
     unfused: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end."""
+    """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end.
+
+    One copy in the gradient too: that of a slice would be all rows for every run.
+    """
     if keys is not batch and keys.lengths != batch.lengths:
         return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
     parts = []
-    for row, count, length in batch.runs():
-        run = (
-            t[row : row + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for t in (q, k, v)
-        )
+    runs = batch.runs()
+    rows = (t.split([count * length for count, length in runs]) for t in (q, k, v))
+    for (count, length), *run in zip(runs, *rows, strict=True):
+        run = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)
         mask = None if bias is None else bias[:, :length, :length]
         part = _sdpa(*run, mask, dropout_p, scale, unfused)
         parts.append(part.transpose(1, 2).flatten(0, 1))

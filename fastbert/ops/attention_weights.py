@@ -77,7 +77,7 @@ def _kept(q: Tensor, batch: PackedBatch | PaddedBatch, p: float, seed: Tensor | 
         count = batch.num_sequences if packed else size
         factors = list(scores_kept(number, count, heads, longest, longest, p).to(q))
     elif packed:
-        drawn = [F.dropout(q.new_ones(n, heads, run, run), p) for _, n, run in batch.runs()]
+        drawn = [F.dropout(q.new_ones(n, heads, run, run), p) for n, run in batch.runs()]
         of_real = iter([factor for run in drawn for factor in run])
         factors = [next(of_real) if n else None for n in batch.lengths]
     else:
