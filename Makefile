@@ -17,7 +17,7 @@ help:
 	@echo "make generate-example    real text to a masked language model that fills and writes, in about two"
 	@echo "make finetune-examples    real and written texts to six fine-tuned models, in about ten"
 	@echo "make test    the whole test suite, in ten to twenty minutes on two cores"
-	@echo "make test-transformers    transformers' own tests of its classes, over ours, in five"
+	@echo "make test-transformers    transformers' own tests of its classes, over ours, in four"
 	@echo "make quick   the part of it to run while you work, in two to five"
 	@echo "make bench   fastbert against everything else that runs here, in about ten minutes"
 	@echo "make compiled   what comes of every kernel, for the record, after a change of one; ten minutes for all"

@@ -9,6 +9,7 @@ import types
 import unittest
 from pathlib import Path
 
+import torch
 import transformers
 from families import FAMILIES, Family, Tester, labels_for_pre_training
 from run import NAME, fetch
@@ -65,6 +66,8 @@ def make_case(name: str, family: Family, package: types.ModuleType) -> type:
     return type(f"{package.__name__}_{name}", bases, members)
 
 
+# A third of their slowest test went into messages, each of two tensors, that nobody sees.
+torch.set_printoptions(threshold=0, edgeitems=1)
 _COMMON = import_common(fetch())
 for _name, _family in FAMILIES.items():
     for _package in (transformers, fastbert):
