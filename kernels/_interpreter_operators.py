@@ -107,7 +107,9 @@ def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
     )
 
 
-def _arithmetic(compute: np.ufunc, *, reflected: bool = False, names=_NUMBERS) -> Callable:
+def _binary(compute: np.ufunc, names=_NUMBERS, *, reflected=False, compares=False) -> Callable:
+    may_overflow = compute in (np.add, np.subtract, np.multiply)
+
     def made(tritons: Callable) -> Callable:
         def operation(self, other):
             met = _meet(self, other, names)
@@ -116,11 +118,12 @@ def _arithmetic(compute: np.ufunc, *, reflected: bool = False, names=_NUMBERS) -
             left, right = self.handle.data, met.data
             if reflected:
                 left, right = right, left
-            exactly = (
-                met.dtype.name == "int32" and interpreter.interpreter_semantic.refuses_overflow
-            )
-            result = in_int32(compute, left, right) if exactly else compute(left, right)
-            return _tensor(result, met.dtype, met.is_block)
+            in_range = may_overflow and met.dtype.name == "int32"
+            if in_range and interpreter.interpreter_semantic.refuses_overflow:
+                return _tensor(in_int32(compute, left, right), met.dtype, met.is_block)
+            if compares:
+                return _tensor(compute(left, right), tl.int1, met.is_block, met.dtype)
+            return _tensor(compute(left, right), met.dtype, met.is_block)
 
         return operation
 
@@ -128,7 +131,7 @@ def _arithmetic(compute: np.ufunc, *, reflected: bool = False, names=_NUMBERS) -
 
 
 def _sum(tritons: Callable) -> Callable:
-    of_numbers = _arithmetic(np.add)(tritons)
+    of_numbers = _binary(np.add)(tritons)
 
     def add(self, other):
         if not self.dtype.is_ptr():
@@ -147,32 +150,6 @@ def _sum(tritons: Callable) -> Callable:
         return _tensor(addresses, self.dtype, is_block, self.handle.dtype)
 
     return add
-
-
-def _comparison(compute: np.ufunc) -> Callable:
-    def made(tritons: Callable) -> Callable:
-        def operation(self, other):
-            met = _meet(self, other, _NUMBERS)
-            if met is None:
-                return tritons(self, other)
-            return _tensor(compute(self.handle.data, met.data), tl.int1, met.is_block, met.dtype)
-
-        return operation
-
-    return made
-
-
-def _bitwise(compute: np.ufunc) -> Callable:
-    def made(tritons: Callable) -> Callable:
-        def operation(self, other):
-            met = _meet(self, other, _BITWISE)
-            if met is None:
-                return tritons(self, other)
-            return _tensor(compute(self.handle.data, met.data), met.dtype, met.is_block)
-
-        return operation
-
-    return made
 
 
 def _shift_right(tritons: Callable) -> Callable:
@@ -336,22 +313,22 @@ OPERATIONS: dict[tuple[object, str], Callable] = {
         (core.tensor, name): make
         for name, make in {
             "__add__": _sum,
-            "__radd__": _arithmetic(np.add, reflected=True),
-            "__sub__": _arithmetic(np.subtract),
-            "__rsub__": _arithmetic(np.subtract, reflected=True),
-            "__mul__": _arithmetic(np.multiply),
-            "__rmul__": _arithmetic(np.multiply, reflected=True),
-            "__truediv__": _arithmetic(np.divide, names=("fp32",)),
-            "__rtruediv__": _arithmetic(np.divide, reflected=True, names=("fp32",)),
-            "__lt__": _comparison(np.less),
-            "__le__": _comparison(np.less_equal),
-            "__gt__": _comparison(np.greater),
-            "__ge__": _comparison(np.greater_equal),
-            "__eq__": _comparison(np.equal),
-            "__ne__": _comparison(np.not_equal),
-            "__and__": _bitwise(np.bitwise_and),
-            "__or__": _bitwise(np.bitwise_or),
-            "__xor__": _bitwise(np.bitwise_xor),
+            "__radd__": _binary(np.add, reflected=True),
+            "__sub__": _binary(np.subtract),
+            "__rsub__": _binary(np.subtract, reflected=True),
+            "__mul__": _binary(np.multiply),
+            "__rmul__": _binary(np.multiply, reflected=True),
+            "__truediv__": _binary(np.divide, ("fp32",)),
+            "__rtruediv__": _binary(np.divide, ("fp32",), reflected=True),
+            "__lt__": _binary(np.less, compares=True),
+            "__le__": _binary(np.less_equal, compares=True),
+            "__gt__": _binary(np.greater, compares=True),
+            "__ge__": _binary(np.greater_equal, compares=True),
+            "__eq__": _binary(np.equal, compares=True),
+            "__ne__": _binary(np.not_equal, compares=True),
+            "__and__": _binary(np.bitwise_and, _BITWISE),
+            "__or__": _binary(np.bitwise_or, _BITWISE),
+            "__xor__": _binary(np.bitwise_xor, _BITWISE),
             "__rshift__": _shift_right,
             "__getitem__": _indexed,
             "to": _cast,

@@ -87,10 +87,8 @@ def table_of(rows):
     return Table(datasets.Dataset.from_list(rows), "rows")
 
 
-@pytest.mark.parametrize(
-    "kind", ["retrieval", *(pytest.param(k, marks=pytest.mark.slow) for k in ("negatives",
-                                                                            "similarity"))]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["retrieval", "negatives", "similarity"])
 def test_embeddings_learn(finetune, tmp_path, kind):
     test = write(tmp_path / "test.jsonl", rows_of(kind, 40, seed=1))
     verdict = finetune(kind, test=test, epochs=12)
@@ -174,11 +172,10 @@ def test_the_losses_of_sentence_transformers(
     assert np.ptp(found) > 1e-2, "something was trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "options"),
-    [(2, {}), pytest.param(7, {"lora": 4}, marks=pytest.mark.slow),
-     pytest.param(5, {"device_tokens": 64}, marks=pytest.mark.slow)],
-)  # fmt: skip
+    ("step", "options"), [(2, {}), (7, {"lora": 4}), (5, {"device_tokens": 64})]
+)
 def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, options):
     whole = finetune(output="whole", **options)
     with pytest.raises(SystemExit) as stop:

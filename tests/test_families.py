@@ -126,7 +126,10 @@ def test_families_are_compared_behind_a_check(tmp_path):
     assert f"| mpnet | eager | **{found['ratio']:.2f}x** | 1.98x |" in written
 
 
-@pytest.mark.parametrize("mask", ["none", "ones", "right", "left", "hole"])
+@pytest.mark.parametrize(
+    "mask",
+    ["right", "hole", *(pytest.param(m, marks=pytest.mark.slow) for m in ("none", "ones", "left"))],
+)
 @pytest.mark.parametrize(("family", "head"), quick(HEADS))
 def test_head_matches_transformers(family, head, mask, on_torch, caplog, monkeypatch):
     monkeypatch.setattr("fastbert.families.obstacle._said", set())

@@ -111,6 +111,7 @@ def test_transformers_stays_above_the_encoder_and_triton_inside_the_kernels():
     assert not (ROOT / "tests/kernels/__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_import_brings_in_nothing_but_itself():
     """So that it takes no time: torch and all else is imported by who uses it."""
     result = python(

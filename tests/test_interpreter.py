@@ -157,7 +157,10 @@ def both_ways(owner, name):
 
 
 @pytest.mark.filterwarnings("ignore:Value .* exceeds the maximum bitwidth")
-@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("__add__", "__lt__"))) for n in BINARY],
+)
 def test_an_operation_that_goes_to_numpy_is_tritons(name):
     direct, tritons, asked = both_ways(tl.tensor, name)
     cases = 0

@@ -111,6 +111,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*CHANGES.values(), *FROZEN.values()], ids=[*CHANGES, *FROZEN])
 def test_whatever_a_layer_trains_with_may_change(change, on_kernels):
     ours = model(on_kernels)
@@ -274,6 +275,7 @@ TRAINED = {  # and how many of three layers are one function, or two
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained", "autocast"), [*((name, False) for name in TRAINED), ("all", True)]
 )
