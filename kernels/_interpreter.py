@@ -43,6 +43,13 @@ def _convert(src, dst_type, otherwise):
     return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target)), target)
 
 
+def _in_torch(handle) -> torch.Tensor:
+    """In fp32. A copy, since torch takes nothing that is turned around or cannot be written."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return torch.from_numpy(_to_fp32(handle.data))
+    return torch.from_numpy(np.array(handle.data)).float()
+
+
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``x @ y`` in fp32, sixteen terms at a time, as matrix units take them."""
     if x.dim() != 2 or x.shape[1] % _AT_ONCE:
@@ -75,12 +82,8 @@ def _mend_arithmetic() -> None:
         if d.dtype.scalar != tl.float32:
             refuse(a, b)
             return dot(self, a, b, d, *args)
-        x, y = (
-            torch.from_numpy(_to_fp32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data).float()
-            for t in (a, b)
-        )
         with torch.autocast("cpu", enabled=False):
-            product = _product(x, y).numpy()
+            product = _product(_in_torch(a), _in_torch(b)).numpy()
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     def new_cast_impl(self, src, dst):

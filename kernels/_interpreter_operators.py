@@ -118,8 +118,8 @@ def _binary(compute: np.ufunc, names=_NUMBERS, *, reflected=False, compares=Fals
             left, right = self.handle.data, met.data
             if reflected:
                 left, right = right, left
-            in_range = may_overflow and met.dtype.name == "int32"
-            if in_range and interpreter.interpreter_semantic.refuses_overflow:
+            exactly = may_overflow and met.dtype.name == "int32"
+            if exactly and interpreter.interpreter_semantic.refuses_overflow:
                 return _tensor(in_int32(compute, left, right), met.dtype, met.is_block)
             if compares:
                 return _tensor(compute(left, right), tl.int1, met.is_block, met.dtype)

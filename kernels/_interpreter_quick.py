@@ -5,8 +5,9 @@ makes the types of the result, looks at what may be promoted to what, and unpack
 operation of each program. Here a type is one object for as long as its element type lives, a tensor
 takes its shape from it ready made, an operation on two like types goes straight to numpy (see
 `_interpreter_operators`), and the language is looked through once instead of at every launch.
-Whatever is not met here goes Triton's way, so that results and errors are Triton's. Random cases of
-attention ran 3.5 times as fast, of LayerNorm backward 6, softmax, linear and cross-entropy 3 to 5.
+Whatever is not met here goes Triton's way, so that results and errors are Triton's. Random cases,
+in turn without this and with it: attention 4.1 to 4.5 times as fast, its backward 6.8 to 7.8,
+LayerNorm 3.7 to 4.3 and backward 9 to 11, softmax 4.6 to 6.4, cross-entropy 4.9 to 5.4.
 """
 
 import types

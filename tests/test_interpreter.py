@@ -241,6 +241,28 @@ def test_products_that_go_to_numpy_are_tritons():
     assert len(asked) < cases
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [tl.float32, tl.float16, tl.bfloat16], ids=str)
+def test_products_take_blocks_that_numpy_cannot_write_or_has_turned_around(dtype):
+    direct, _, _ = both_ways(tl, "dot")
+    block, row = tensor(dtype, (16, 32)), tensor(dtype, (1, 32))
+    spread = interpreter.TensorHandle(np.broadcast_to(row.handle.data, (16, 32)), dtype)
+    turned = interpreter.TensorHandle(block.handle.data[::-1], dtype)
+    weight = tensor(dtype, (32, 16))
+    for handle in (spread, turned):
+        copied = interpreter.TensorHandle(handle.data.copy(), dtype)
+        found, expected = (direct(tl.tensor(h, block.type), weight) for h in (handle, copied))
+        assert (found.handle.data == expected.handle.data).all()
+
+
+def test_a_launch_leaves_the_language_and_numpy_as_they_were():
+    scope = interpreter._patch_lang(None)  # the fixture's
+    assert tl.load is not TRITONS_OWN[tl, "load"] and np.geterr()["over"] == "ignore"
+    scope.restore()
+    assert all(getattr(*key) is original for key, original in TRITONS_OWN.items())
+    assert np.geterr()["over"] == "warn"
+
+
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if not d.is_ptr()], ids=str)
 def test_memory_that_goes_to_numpy_is_read_and_written_as_triton_does(dtype):
     read, tritons_read, asked = both_ways(tl, "load")

@@ -360,3 +360,17 @@ def test_bad_arguments_are_named(name, each_backend):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call(torch.zeros(3, 4))
+
+
+def test_rows_of_a_ragged_batch_have_one_gradient(on_torch):
+    """Not one of all rows for each length, as slices of them would have."""
+    q, k, v = torch.randn(3, 10, 2, 16).requires_grad_().unbind()
+    out = ops.attention_varlen(q, k, v, PackedBatch.from_lengths([3, 5, 2]))
+    nodes, found = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [next_node for next_node, _ in node.next_functions]
+    names = [node.name() for node in found]
+    assert names.count("SplitWithSizesBackward0") == 3 and "SliceBackward0" not in names
