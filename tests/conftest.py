@@ -1,6 +1,7 @@
 """Fixtures of every test: where kernels run, seeds, poisoned memory, one backend at a time."""
 
 import os
+import tempfile
 
 # Before triton is first imported: without a GPU the kernels run through its interpreter.
 import torch
@@ -14,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, or the workers fight o
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a hub's cache of our own, that workers share
+    _hub = tempfile.TemporaryDirectory(prefix="fastbert-hub-")
+    os.environ["HF_HOME"] = _hub.name
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import gc  # noqa: E402

@@ -17,10 +17,8 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastbert.cli.kernels", "fastbert.workbench.terminal",
-                                 "fastbert.tasks.embed_file", "fastbert.training.pretraining",
-                                 "fastbert.finetuning.finetune",
-                                 "sentence_transformers"])  # fmt: skip
+_CONTEXT.set_forkserver_preload(["warm"])
+_HERE = str(Path(__file__).parent)
 COMMAND = "from fastbert.cli import main; main()"
 
 
@@ -56,12 +54,14 @@ def launched(program: str, *arguments: object, processes: int, **variables: str)
 
 def context() -> multiprocessing.context.BaseContext:
     """What processes are made of, its server running."""
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    before = {name: os.environ.pop(name, None) for name in ("TRITON_INTERPRET", "PYTHONPATH")}
+    # The server does not get our `sys.path`, and goes without a module that it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before["PYTHONPATH"], _HERE)))
     try:
         forkserver.ensure_running()
     finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+        del os.environ["PYTHONPATH"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
     return _CONTEXT
 
 

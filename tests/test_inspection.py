@@ -1,14 +1,12 @@
 """What is read of compiled kernels: code, occupancy, seconds of a card's units, and the account."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import forked
 
 pytest.importorskip("triton")
 from fastbert.kernels._cards import CARDS, LIMITS, card_named
@@ -71,11 +69,7 @@ print(json.dumps(out))
 def known(tmp_path_factory):
     path = tmp_path_factory.mktemp("known") / "known.py"
     path.write_text(KNOWN)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = forked("import runpy, sys; runpy.run_path(sys.argv[1])", path)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,6 +2,8 @@
 
 import functools
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
     with pytest.raises(NotFinite, match="got nan in step 5; the last checkpoint"):
         pretrain(callbacks=[At(4, breaks)])
     assert RunFolder(tmp_path / "run", "pretrain").latest()[0] == 3
+
+
+SAYS_WHO_IT_IS = """
+import os
+
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
+print(*map(os.environ.get, names), os.environ.keys() >= {"MASTER_ADDR", "MASTER_PORT"})
+"""
+
+
+@pytest.mark.slow
+def test_processes_are_what_torchrun_makes_of_them(tmp_path):
+    """So that other tests go without the command, whose processes import everything anew."""
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", program]
+    theirs = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert theirs.returncode == 0, theirs.stderr[-2000:]
+    ours = [done.stdout for done in launched(SAYS_WHO_IT_IS, processes=2)]
+    assert ours == ["0 0 2 2 True True\n", "1 1 2 2 True True\n"]
+    assert sorted(theirs.stdout.splitlines(keepends=True)) == ours
 
 
 # accelerate shards on accelerators alone.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import pickle
 import threading
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from forked import context
 from test_families import config_of
 from test_family_tasks import roberta_tokenizer
 
@@ -274,10 +276,12 @@ def test_undone_while_another_thread_encodes(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_a_pool_of_processes_encodes_the_same(kind, folders, tmp_path):
-    """Each gets the accelerated model, pickled."""
+def test_a_pool_of_processes_encodes_the_same(kind, folders, monkeypatch):
+    """Each gets the accelerated model, pickled; of dense ones in a process that starts anew."""
     if kind == "sparse":
         model, options = sparse(folders["distilbert"]), {"convert_to_sparse_tensor": False}
+        processes = context()
+        monkeypatch.setattr(multiprocessing, "get_context", lambda kind: processes)
     else:
         model, options = sentence_transformers.SentenceTransformer(str(folders["roberta"])), {}
         options = {"convert_to_tensor": True}
