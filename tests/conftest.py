@@ -168,22 +168,32 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def pretraining_request(texts, text_cache, tiny_folder, tmp_path, monkeypatch, interruptible):
-    """Asks for a run that takes a second."""
+@pytest.fixture(scope="session")
+def pretraining_options(texts, text_cache, tiny_folder):
+    """Of a run that takes a second."""
+    return {
+        "size": "tiny", "tokenizer": str(tiny_folder), "steps": 8, "batch_tokens": 512,
+        "device_tokens": 256, "max_length": 40, "held_out": 0.1, "save_every": 3,
+        "device": "cpu", "cache_dir": text_cache, "texts": (str(texts),),
+    }  # fmt: skip
+
+
+def _small(patch: pytest.MonkeyPatch) -> None:
     from fastbert.training import beginning, pretraining
+
+    patch.setitem(beginning.SIZES, "tiny", (2, 32, 2))
+    patch.setattr(pretraining, "_PROBE_BATCHES", 2)
+
+
+@pytest.fixture
+def pretraining_request(pretraining_options, tmp_path, monkeypatch, interruptible):
+    """Asks for such a run."""
     from fastbert.training.request import Request
 
-    monkeypatch.setitem(beginning.SIZES, "tiny", (2, 32, 2))
-    monkeypatch.setattr(pretraining, "_PROBE_BATCHES", 2)
+    _small(monkeypatch)
 
     def make(output="run", **options):
-        options = {
-            "size": "tiny", "tokenizer": str(tiny_folder), "steps": 8, "batch_tokens": 512,
-            "device_tokens": 256, "max_length": 40, "held_out": 0.1, "save_every": 3,
-            "device": "cpu", "cache_dir": text_cache, "texts": (str(texts),), **options,
-        }  # fmt: skip
-        return Request(output=str(tmp_path / output), **options)
+        return Request(output=str(tmp_path / output), **{**pretraining_options, **options})
 
     return make
 
@@ -199,3 +209,26 @@ def pretrain(pretraining_request):
         return pretraining
 
     return call
+
+
+@pytest.fixture(scope="session")
+def pretrained(pretraining_options, tmp_path_factory) -> Path:
+    """The folder of such a run that nothing has stopped; to be read only."""
+    from fastbert.training.pretraining import prepare
+    from fastbert.training.request import Request
+
+    folder = tmp_path_factory.mktemp("pretrained") / "whole"
+    with pytest.MonkeyPatch.context() as patch, fastbert.backend("torch"):
+        _small(patch)
+        pretraining = prepare(Request(output=str(folder), **pretraining_options))
+        pretraining.train(pretraining.plan())
+    return folder
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """Pages of runs without their figures, which take half a second, but where a test draws."""
+    if request.node.get_closest_marker("draws") is None:
+        from fastbert.finetuning import page
+
+        monkeypatch.setattr(page, "svg_of", lambda figure: "<svg></svg>")

@@ -23,7 +23,7 @@ from fastbert.finetuning.table import Table
 from fastbert.tasks.errors import InputError
 
 pytestmark = [
-    pytest.mark.usefixtures("on_torch"),
+    pytest.mark.usefixtures("on_torch", "undrawn"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
@@ -87,6 +87,7 @@ def table_of(rows):
     return Table(datasets.Dataset.from_list(rows), "rows")
 
 
+@pytest.mark.draws
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retrieval", "negatives", "similarity"])
 def test_embeddings_learn(finetune, tmp_path, kind):

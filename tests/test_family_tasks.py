@@ -18,7 +18,7 @@ from fastbert.tasks.embed import Embedder
 from fastbert.tasks.errors import InputError, LoadError
 from fastbert.tasks.loading import max_length_of
 
-pytestmark = pytest.mark.usefixtures("on_torch")
+pytestmark = pytest.mark.usefixtures("on_torch", "undrawn")
 FAMILIES = ("roberta", "electra", "distilbert", "mpnet", "albert")
 KINDS = {  # that a family is fine-tuned for, beside classification
     "roberta": ["pairs", "tagging", "answering", "multiple-choice"],

@@ -24,7 +24,7 @@ from fastbert.tasks.errors import InputError, LoadError
 from fastbert.training import PackedCollator
 
 pytestmark = [
-    pytest.mark.usefixtures("on_torch"),
+    pytest.mark.usefixtures("on_torch", "undrawn"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
@@ -115,6 +115,7 @@ def ends():
     signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     ("task", "head", "pipeline"),
     [

@@ -60,15 +60,14 @@ def test_tensorboard_shows_each_step_once(pretrain, tmp_path):
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_stopped_and_resumed_is_not_stopped(pretrain, tmp_path, number, step, workers):
-    pretrain("whole")
+def test_stopped_and_resumed_is_not_stopped(pretrain, pretrained, tmp_path, number, step, workers):
     with pytest.raises(SystemExit) as stop:
         pretrain("parts", callbacks=[At(step, lambda: signal.raise_signal(number))])
     assert stop.value.code == 128 + number
     assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == step
     assert not (tmp_path / "parts" / "final").exists()
     pretrain("parts", workers=workers)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(pretrained, tmp_path / "parts")
 
 
 def test_a_second_signal_ends_at_once(pretrain):
@@ -108,22 +107,20 @@ pretrained.train(pretrained.plan())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["publish:2", "publish:4", "remove:1", "to_disk:4"])
-def test_killed_at_any_moment(pretrain, pretraining_request, tmp_path, moment):
+def test_killed_at_any_moment(pretrain, pretraining_request, pretrained, tmp_path, moment):
     """In the middle of a checkpoint and of a model too."""
     from dataclasses import asdict
 
-    pretrain("whole")
     arguments = [repr(asdict(pretraining_request("parts"))), moment]
     done = forked(PROGRAM, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     pretrain("parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(pretrained, tmp_path / "parts")
     assert not list((tmp_path / "parts").rglob(".*")), "something was left behind"
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing(pretrain, tmp_path, monkeypatch):
-    pretrain("whole")
+def test_a_full_disk_loses_nothing(pretrain, pretrained, tmp_path, monkeypatch):
     save = torch.save
 
     def full(value, path, *args, **kwargs):
@@ -137,7 +134,7 @@ def test_a_full_disk_loses_nothing(pretrain, tmp_path, monkeypatch):
             pretrain("parts")
     assert RunFolder(tmp_path / "parts", "pretrain").latest()[0] == 3
     pretrain("parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(pretrained, tmp_path / "parts")
 
 
 def test_where_nothing_can_be_written(pretrain, tmp_path, monkeypatch):
