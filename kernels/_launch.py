@@ -101,7 +101,8 @@ def launch(
 
 def loaded() -> list[CompiledKernel]:
     """What Triton has compiled in this process and loaded onto a device."""
-    found = [o for o in gc.get_objects() if isinstance(o, CompiledKernel)]
+    # By its type: `isinstance` asks a weak proxy whose object is gone for its class, which raises.
+    found = [o for o in gc.get_objects() if issubclass(type(o), CompiledKernel)]
     return [kernel for kernel in found if kernel.module is not None]
 
 
