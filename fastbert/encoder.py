@@ -51,7 +51,8 @@ def encode_layers(hidden: Tensor, batch: PackedBatch | PaddedBatch, layers: Laye
     if layers.tensors and isinstance(batch, PackedBatch) and batch.max_seqlen:
         given = layers.tensors if batch.bias is None else [*layers.tensors, batch.bias]
         if only_kernels(hidden, given, layers.each[0].head_size):
-            return _launch_layers(hidden, batch, layers)
+            launch = _launch_pre_norm_layers if layers.each[0].pre_norm else _launch_layers
+            return launch(hidden, batch, layers)
         if only_onednn(hidden, layers.tensors):
             return encode_on_onednn(hidden, batch, layers.each)
     for weights in layers.each:
@@ -115,6 +116,30 @@ def _launch_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor
     return hidden
 
 
+def _launch_pre_norm_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor:
+    """`_launch_layers` for norms in front: what is added up is normed for the next half, of the
+    next layer too, where it is added up."""
+    launches = None
+    rows = normalised(hidden, layers.each[0].attention_norm)
+    for weights, following in zip(layers.each, [*layers.each[1:], None], strict=True):
+        next_norm = (following or weights).attention_norm
+        if launches is None or not layers.alike:
+            launches = LayerLaunches(
+                batch, weights.scale, weights.head_size, weights.activation,
+                (weights.output_norm.eps, next_norm.eps), keep_sum=True,
+            )  # fmt: skip
+        context = launches.attend(*(F.linear(rows, *part) for part in weights.qkv))
+        rows, hidden = launches.linear_add_norm(
+            0, context, *weights.attention_output, hidden, *weights.output_norm[:2]
+        )
+        inner = launches.linear(rows, *weights.intermediate)
+        if following is not None:
+            rows, hidden = launches.linear_add_norm(
+                1, inner, *weights.output, hidden, *next_norm[:2]
+            )
+    return hidden + F.linear(inner, *weights.output)
+
+
 def bucket_of(rows: int) -> int:
     """How many rows the products of a batch are given on a CPU.
 
@@ -146,8 +171,9 @@ def encode_on_onednn(
     count = hidden.shape[0]
     more = bucket_of(count) - count
     hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
+    multiply = _multiply_pre_norm_layer if each[0].pre_norm else _multiply_layer
     for weights in each:
-        hidden = _multiply_layer(hidden, batch, weights, products)
+        hidden = multiply(hidden, batch, weights, products)
     return hidden[:count] if more else hidden
 
 
@@ -155,18 +181,38 @@ def _multiply_layer(
     hidden: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
 ) -> Tensor:
     """`encode_layer`; rows behind those of the batch may hold anything."""
-    context = _attend_in_torch(
-        [products.product(hidden, *part, None) for part in weights.qkv], batch, weights
-    )
-    more = hidden.shape[0] - context.shape[0]
-    context = F.pad(context, (0, 0, 0, more)) if more else context
+    context = _multiply_and_attend(hidden, batch, weights, products)
     total = products.product_add(context, *weights.attention_output, hidden)
     hidden = _normed(total, weights.attention_norm)
-    fused = weights.activation if weights.activation in onednn.EPILOGUES else None
-    inner = products.product(hidden, *weights.intermediate, fused)
-    if fused is None:
-        inner = ops.activate(inner, weights.activation)
+    inner = _multiply_and_activate(hidden, weights, products)
     return _normed(products.product_add(inner, *weights.output, hidden), weights.output_norm)
+
+
+def _multiply_pre_norm_layer(
+    hidden: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
+) -> Tensor:
+    rows = _normed(hidden, weights.attention_norm)
+    context = _multiply_and_attend(rows, batch, weights, products)
+    hidden = products.product_add(context, *weights.attention_output, hidden)
+    inner = _multiply_and_activate(_normed(hidden, weights.output_norm), weights, products)
+    return products.product_add(inner, *weights.output, hidden)
+
+
+def _multiply_and_attend(
+    rows: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
+) -> Tensor:
+    context = _attend_in_torch(
+        [products.product(rows, *part, None) for part in weights.qkv], batch, weights
+    )
+    more = rows.shape[0] - context.shape[0]
+    return F.pad(context, (0, 0, 0, more)) if more else context
+
+
+def _multiply_and_activate(rows: Tensor, weights: LayerWeights, products: ModuleType) -> Tensor:
+    if weights.activation in onednn.EPILOGUES:
+        return products.product(rows, *weights.intermediate, weights.activation)
+    inner = products.product(rows, *weights.intermediate, None)
+    return ops.activate(inner, weights.activation)
 
 
 def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeights) -> Tensor:

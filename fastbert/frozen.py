@@ -114,7 +114,7 @@ class Frozen:
             _log.warning(
                 "fastbert: frozen='int8' has no effect here, layers run as they are: it is for "
                 "fp32 on a CPU, without autocast or the backend triton, and for layers of plain "
-                "weights with norms behind their halves"
+                "weights"
             )
         if copies is None or torch.is_grad_enabled():
             return encode_layers(rows, batch, layers)

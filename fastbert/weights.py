@@ -98,7 +98,7 @@ class Layers:
 
 def _tensors_of(weights: LayerWeights) -> list[Tensor] | None:
     """What a layer without dropout computes with, if it is tensors and a named activation."""
-    if isinstance(weights.qkv, Stacked) or weights.pre_norm:
+    if isinstance(weights.qkv, Stacked):
         return None
     linears = (*weights.qkv, weights.attention_output, weights.intermediate, weights.output)
     norms = (weights.attention_norm, weights.output_norm)

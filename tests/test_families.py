@@ -17,6 +17,7 @@ from tiny import RIGHT, specified_by
 import fastbert
 from fastbert.families import registry, table
 from fastbert.families.obstacle import obstacle
+from fastbert.ops import onednn
 from fastbert.testing import assert_matches
 from fastbert.training import PackedCollator
 
@@ -271,6 +272,7 @@ def test_accelerate_and_back(family, on_torch, tmp_path):
         assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
         frozen = getattr(fastbert, head).from_pretrained(tmp_path / "ours", frozen=True)
         torch.testing.assert_close(frozen(**inputs)[0], expected)
+        assert (frozen.base_model.frozen.nbytes > 0) == onednn.available()
         with pytest.raises(
             ValueError, match=f"expected a checkpoint of type 'bert', got '{family}'"
         ):

@@ -115,7 +115,7 @@ def test_every_batch_is_near_the_model_and_a_sequence_near_itself_alone(activati
         assert not torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("family", ["mpnet", "distilbert", "albert"])
+@pytest.mark.parametrize("family", ["mpnet", "distilbert", "albert", "roberta-prelayernorm"])
 def test_other_families(family):
     torch.manual_seed(0)
     kinds = registry.load(family)

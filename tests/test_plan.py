@@ -8,7 +8,8 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import INPUTS, tiny_config
+from test_families import inputs_of, pair_of
+from tiny import INPUTS, RIGHT, assert_as_good, tiny_config
 from torch import nn
 
 import fastbert
@@ -265,6 +266,33 @@ def test_kernels_are_launched_for_each_layer_with_a_bias_of_the_scores(
         assert len(taken) == 1 and taken[0][1].bias.dtype == dtype
         alone = ours(**inputs, output_hidden_states=True).last_hidden_state
     assert torch.equal(together, alone) and len(taken) == 1
+
+
+NORMS_IN_FRONT = {  # of one layer; the norm after it is launched with the layer before
+    "the same": lambda layer: None,
+    "an eps": lambda layer: setattr(layer.intermediate.LayerNorm, "eps", 0.5),
+    "an eps of attention": lambda layer: setattr(layer.attention.LayerNorm, "eps", 0.5),
+    "the activation": lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [*((change, torch.float32) for change in NORMS_IN_FRONT), ("the same", torch.bfloat16)],
+)
+def test_norms_in_front_are_launched_with_the_sums_that_they_norm(
+    change, dtype, on_kernels, monkeypatch
+):
+    taken = count(monkeypatch, "_launch_pre_norm_layers")
+    head = "RobertaPreLayerNormModel"
+    models = pair_of("roberta-prelayernorm", head, on_kernels, num_hidden_layers=4)
+    for each in models:
+        NORMS_IN_FRONT[change](each.encoder.layer[2])
+    theirs, ours = (each.to(dtype) for each in models)
+    inputs = inputs_of(head, RIGHT, on_kernels)
+    with torch.no_grad():
+        assert_as_good(theirs, ours(**inputs).last_hidden_state, inputs)
+    assert len(taken) == 1
 
 
 TRAINED = {  # and how many of three layers are one function, or two

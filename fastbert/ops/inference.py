@@ -78,6 +78,7 @@ class LayerLaunches:
         head_size: of attention.
         activation: one of `fastbert.ops.linear.ACTIVATIONS`.
         eps: of the norm after attention, and of the last one.
+        keep_sum: what is normed is read as well, so `linear_add_norm` gives it too.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class LayerLaunches:
         head_size: int,
         activation: str,
         eps: tuple[float, float],
+        keep_sum: bool = False,
     ):
         from ..kernels.attention import attention_varlen_fwd
         from ..kernels.layernorm import layernorm_fwd
@@ -101,8 +103,9 @@ class LayerLaunches:
                 bias=batch.bias,
             )[0].flatten(1)  # fmt: skip
 
-        def add_norm(at: int, x: Tensor, residual: Tensor, *tensors: Tensor | None) -> Tensor:
-            return layernorm_fwd(x, residual, *tensors, eps=eps[at])[0]
+        def add_norm(at: int, x: Tensor, residual: Tensor, *tensors: Tensor | None):
+            found = layernorm_fwd(x, residual, *tensors, eps=eps[at], keep_sum=keep_sum)
+            return found[:2] if keep_sum else found[0]
 
         self._activation = activation
         self._fused: bool | None = None
@@ -134,10 +137,13 @@ class LayerLaunches:
         residual: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """``LayerNorm(x @ weight.T + bias + residual)`` of rows ``[T, F]`` and ``[T, E]``.
 
         Args:
             at: 0 for the norm after attention, 1 for the last one.
+
+        Returns:
+            It, ``[T, E]``; with ``keep_sum`` also what is normed.
         """
         return self._add_norm[at](F.linear(x, weight), residual, bias, norm_weight, norm_bias)
