@@ -58,17 +58,18 @@ def _vectors(model: nn.Module, texts: list[str]) -> Tensor:
 
 def _ways(model: nn.Module, device: torch.device) -> Iterator[tuple[str, str, nn.Module]]:
     """Models to compare, made one after the other."""
+    copies = device.type == "cpu" and resolve(device, torch.float32) == "torch"
     for name, dtype in _DTYPES.items():
         plain = copy.deepcopy(model).to(dtype)
         yield "transformers", name, plain
         ours = copy.deepcopy(plain)
         fastbert.accelerate(ours)
         yield "fastbert", name, ours
-        if device.type == "cpu" and name != "fp16":
+        if copies and name != "fp16":
             frozen = copy.deepcopy(plain)
             fastbert.accelerate(frozen, frozen=True)
             yield "fastbert, frozen", name, frozen
-        if device.type == "cpu" and name == "fp32" and onednn_int8.available():
+        if copies and name == "fp32" and onednn_int8.available():
             quantised = copy.deepcopy(plain)
             fastbert.accelerate(quantised, frozen="int8")
             yield "fastbert, frozen", "int8", quantised

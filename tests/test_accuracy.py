@@ -3,6 +3,9 @@
 import pytest
 import torch
 from fastbert.benchmarks import accuracy
+from tiny import tiny_config
+
+import fastbert
 
 
 @pytest.mark.slow
@@ -23,6 +26,17 @@ def test_rows_are_as_exact_as_those_of_transformers(minilm_folder, on_torch, cap
         assert ten.startswith(" 100.0%, in order 100.0%") or dtype != "fp32"
 
 
+@pytest.mark.slow
+def test_what_is_frozen_for_torch_is_not_shown_of_kernels():
+    pytest.importorskip("triton")
+    model = torch.nn.Sequential(fastbert.BertModel(tiny_config()))
+    for backend, forms in (("torch", {"fastbert, frozen"}), ("triton", set())):
+        with fastbert.backend(backend):
+            found = {library for library, *_ in accuracy._ways(model, torch.device("cpu"))}
+        assert found - {"transformers", "fastbert"} == forms
+
+
+@pytest.mark.slow
 def test_a_model_that_is_off_shows(minilm_folder, on_torch, monkeypatch):
     """Its vectors, and what it finds."""
     monkeypatch.setattr(accuracy, "_DTYPES", {"fp32": torch.float32})

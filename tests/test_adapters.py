@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from test_families import OTHERS, SAME, config_of, inputs_of
-from tiny import RIGHT, specified_by
+from tiny import RIGHT, one_is_quick, specified_by
 
 import fastbert
 from fastbert.families import registry
@@ -91,7 +91,7 @@ def test_adapters_of_layers(family, kind):
     check(theirs, ours, inputs_of(HEADS[family], RIGHT))
 
 
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("family", one_is_quick(HEADS))
 def test_several_adapters(family):
     """Switched, switched off, merged and taken out again."""
     theirs = adapted(family, "lora")

@@ -266,6 +266,7 @@ def test_the_command_finds_an_answer(run, tiny_folder, tmp_path):
     assert code == 3 and "a text in" in err
 
 
+@pytest.mark.slow
 def test_a_long_document_counts_in_every_part(tiny_folder, tmp_path):
     """Twenty thousand tokens of which one decides, wherever it is, in bounded memory."""
     torch.manual_seed(0)

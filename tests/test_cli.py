@@ -69,11 +69,15 @@ def test_check_reports_and_passes(run):
 @pytest.mark.slow
 def test_check_fails_when_results_are_wrong(run, monkeypatch):
     from fastbert import encoder
+    from fastbert.tasks import selfcheck
 
     for owner, name in ((encoder.ops, "linear_add_norm"), (encoder, "_normed")):
         right = getattr(owner, name)
         wrong = lambda *a, right=right, **k: 1.01 * right(*a, **k)  # noqa: E731
         monkeypatch.setattr(owner, name, wrong)
+    # In a process of its own, where nothing is wrong.
+    right = selfcheck.Check("parity of the kernels", True, "")
+    monkeypatch.setattr(selfcheck, "_kernels_in_the_interpreter", lambda: right)
     code, out, _ = run("check")
     assert code == 1 and "failed" in out
 
@@ -100,7 +104,7 @@ def test_demo_answers_and_agrees(tmp_path, capsys, monkeypatch, minilm_folder):
 
     every = passages()
     assert len(every) >= 200
-    monkeypatch.setattr(demo, "passages", lambda: every[::3])
+    monkeypatch.setattr(demo, "passages", lambda: every[3::6])
     code = demo.main(
         [
             "--question",

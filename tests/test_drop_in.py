@@ -249,6 +249,7 @@ def test_compile_is_one_graph_for_any_mask_and_shape():
         assert heads(**INPUTS, labels=INPUTS["input_ids"]).loss.isfinite()
 
 
+@pytest.mark.slow
 def test_export_gives_a_program_with_the_same_outputs():
     theirs, ours = pair("BertModel")
     args = (INPUTS["input_ids"], INPUTS["attention_mask"])

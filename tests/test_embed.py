@@ -111,6 +111,7 @@ def test_embed_writes_every_format_to_the_last_bit(kind, tiny_folder, expected, 
     )
 
 
+@pytest.mark.slow
 def test_standard_input(tiny_folder, expected, tmp_path):
     target = tmp_path / "o.npy"
     arguments = ("embed", "-", "-o", target, "--model", tiny_folder)

@@ -12,7 +12,7 @@ import transformers
 from fastbert.benchmarks.readme import rendered
 from forked import forked
 from test_model_parity import FLAGS, MASKS, check
-from tiny import RIGHT, specified_by
+from tiny import RIGHT, one_is_quick, specified_by
 
 import fastbert
 from fastbert.families import registry, table
@@ -24,17 +24,19 @@ from fastbert.training import PackedCollator
 OTHERS = [name for name in registry.MODEL_TYPES if name != "bert"]  # that is tested by itself
 HEADS = [(family, head) for family in OTHERS for head in
          (registry.load(family).model.__name__, *registry.load(family).heads)]  # fmt: skip
-# Their code is RoBERTa's under other names: not for the quick loop, and compiled once.
+# Their code is RoBERTa's under other names: compiled once.
 SAME = ("xlm-roberta", "camembert", "data2vec-text")
+# The quick loop goes without these too, and has one like each of them.
+ALIKE = (*SAME, "ernie", "layoutlm", "bert-generation", "megatron-bert", "xlm-roberta-xl")
 
 
 def quick(cases):
-    """Cases as parameters, those of families that are like another one marked slow."""
+    """Cases as parameters, those of families that are `ALIKE` marked slow."""
     families = [case[0] if isinstance(case, tuple) else case for case in cases]
     return [
         pytest.param(
             *(case if isinstance(case, tuple) else (case,)),
-            marks=[pytest.mark.slow] * (family in SAME),
+            marks=[pytest.mark.slow] * (family in ALIKE),
         )
         for case, family in zip(cases, families, strict=True)
     ]
@@ -129,7 +131,7 @@ def test_families_are_compared_behind_a_check(tmp_path):
 
 @pytest.mark.parametrize(
     "mask",
-    ["right", "hole", *(pytest.param(m, marks=pytest.mark.slow) for m in ("none", "ones", "left"))],
+    one_is_quick(["hole", "right", "none", "ones", "left"]),
 )
 @pytest.mark.parametrize(("family", "head"), quick(HEADS))
 def test_head_matches_transformers(family, head, mask, on_torch, caplog, monkeypatch):

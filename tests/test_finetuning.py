@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 from forked import launched
-from runs import At, metrics_of
+from runs import At, metrics_of, weights_of
 from torch.utils.data import DataLoader
 
+import fastbert
 from fastbert.finetuning.finetune import Request, prepare
 from fastbert.finetuning.trainer import RowBatches
 from fastbert.tasks.errors import InputError, LoadError
@@ -89,18 +90,32 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.fixture
-def request_for(tiny_folder, text_cache, tmp_path):
+def request_in(folder, tiny_folder, text_cache):
+    """Makes requests of runs that take a second, in a folder."""
+
     def make(kind="classification", output="run", rows=None, **options):
-        train = write(tmp_path / "train.jsonl", rows or rows_of(kind, 64))
+        train = write(folder / "train.jsonl", rows or rows_of(kind, 64))
         options = {
             "model": str(tiny_folder), "epochs": 4, "batch_size": 8, "max_length": 40,
             "learning_rate": 3e-3, "dev_share": 0.25, "patience": 0, "device": "cpu",
             "cache_dir": text_cache, "train": train, **options,
         }  # fmt: skip
-        return Request(output=str(tmp_path / output), **options)
+        return Request(output=str(folder / output), **options)
 
     return make
+
+
+@pytest.fixture
+def request_for(tiny_folder, text_cache, tmp_path):
+    return request_in(tmp_path, tiny_folder, text_cache)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, text_cache, tmp_path_factory):
+    """A run that nothing has stopped: its folder and its verdict."""
+    folder = tmp_path_factory.mktemp("whole")
+    with fastbert.backend("torch"):
+        return folder / "run", prepare(request_in(folder, tiny_folder, text_cache)()).train()
 
 
 @pytest.fixture
@@ -220,20 +235,16 @@ def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), _slow(7, 0), _slow(9, 2)])
-def test_stopped_and_resumed_is_not_stopped(finetune, tmp_path, step, workers):
-    from safetensors.torch import load_file
-
-    whole = finetune(output="whole")
+def test_stopped_and_resumed_is_not_stopped(finetune, whole, tmp_path, step, workers):
+    folder, verdict = whole
     with pytest.raises(SystemExit) as stop:
         finetune(output="parts", callbacks=[At(step, ends)])
     assert stop.value.code == 128 + signal.SIGTERM
     parts = finetune(output="parts", workers=workers)
-    assert whole._replace(overhead=None) == parts._replace(overhead=None)
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
-    for folder in ("best", "final"):
-        one, other = (
-            load_file(tmp_path / name / folder / "model.safetensors") for name in ("whole", "parts")
-        )
+    assert verdict._replace(overhead=None) == parts._replace(overhead=None)
+    assert metrics_of(folder) == metrics_of(tmp_path / "parts")
+    for name in ("best", "final"):
+        one, other = (weights_of(run / name) for run in (folder, tmp_path / "parts"))
         assert all(torch.equal(one[key], other[key]) for key in one | other)
 
 

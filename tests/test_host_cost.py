@@ -18,6 +18,7 @@ calls = (arg.split() for arg in sys.argv[1:])
 print(json.dumps([host.measure(kind, **dict.fromkeys(asked, True), **options).facts()
                   for kind, *asked in calls]))
 """
+pytestmark = pytest.mark.slow
 CALLS = ("forward", "forward padded", "training", "training padded", "training autocast")
 
 

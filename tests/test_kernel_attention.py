@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny import DTYPES
+from tiny import DTYPES, one_is_quick
 
 import fastbert
 from fastbert import ops
@@ -73,7 +73,7 @@ def test_varlen_matches_reference_for_every_head_size(head_dim, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", one_is_quick([64, 16, 80, 128]))
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
 def test_varlen_with_a_bias_matches_reference(lengths, head_dim, dtype, device):
     bias = torch.randn(2, *[max(lengths)] * 2).to(device, dtype)

@@ -68,7 +68,12 @@ def check(output, theirs, real, name, *others, **inputs):
 @pytest.mark.parametrize(
     "mask",
     [
-        pytest.param(mask, id=name, marks=[pytest.mark.slow_on_kernels] * (", " in name))
+        pytest.param(
+            mask,
+            id=name,
+            marks=[pytest.mark.slow] * (name not in ("none", "right", "hole"))
+            + [pytest.mark.slow_on_kernels] * (name != "hole"),
+        )
         for name, mask in MASKS.items()
     ],
 )

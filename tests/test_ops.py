@@ -125,6 +125,7 @@ def test_gradient_of_some_inputs_and_of_a_sum(name, device, each_backend):
     assert all(t.grad is None for t in tensors[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_op_compiles_as_one_graph(name, device, each_backend):
     function, tensors = example(name, device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from test_families import inputs_of, pair_of
-from tiny import INPUTS, RIGHT, assert_as_good, tiny_config
+from tiny import INPUTS, RIGHT, assert_as_good, one_is_quick, tiny_config
 from torch import nn
 
 import fastbert
@@ -165,6 +165,7 @@ def test_weights_that_a_known_hook_brings_are_read_behind_it(grad):
             assert torch.equal(call(ours).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_layers_are_read_once_in_training(reads, calls):
     ours = model().train()
     gradients(ours), gradients(ours)
@@ -198,7 +199,7 @@ def test_layers_are_called_that_backward_computes_again(calls):
 ALIKE_OR_NOT = [None, "a bias", "a module", "the scale", "an eps", "the activation"]
 
 
-@pytest.mark.parametrize("change", [*ALIKE_OR_NOT, "dropout", *FROZEN])
+@pytest.mark.parametrize("change", one_is_quick([*ALIKE_OR_NOT, "dropout", *FROZEN]))
 def test_kernels_are_launched_for_each_layer_as_for_it_alone_in_training(change, on_kernels):
     """Forward and backward; who asks for hidden states has each layer called by itself."""
     ours = model(on_kernels, num_hidden_layers=3).train()
@@ -210,6 +211,7 @@ def test_kernels_are_launched_for_each_layer_as_for_it_alone_in_training(change,
         assert (one is None and other is None) or torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["the last layer", "biases", "norms", "the input"])
 def test_a_layer_of_which_little_is_trained_is_trained_as_it_is_alone(trained, on_kernels):
     ours = model(on_kernels, num_hidden_layers=3).train().requires_grad_(trained == "the input")

@@ -26,6 +26,7 @@ def batch(minilm_folder):
     return tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
 
 
+@pytest.mark.slow
 def test_hidden_states_and_pooled_output(models, batch):
     theirs, ours = models
     real = batch["attention_mask"].bool()
@@ -38,6 +39,7 @@ def test_hidden_states_and_pooled_output(models, batch):
     assert (actual.pooler_output - expected.pooler_output).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_attention_weights(minilm_folder, models, batch):
     eager = transformers.BertModel.from_pretrained(minilm_folder, attn_implementation="eager")
     real = batch["attention_mask"].bool()
@@ -102,6 +104,7 @@ def test_pipeline_and_lora_run_packed(minilm_folder, models, batch):
     assert (expected - theirs(**batch)[0])[real].abs().max() > 1e-3  # the adapter does something
 
 
+@pytest.mark.slow
 def test_threads_and_order_do_not_change_embeddings(minilm_folder):
     embedder = Embedder.load(minilm_folder, device=torch.device("cpu"))
     texts = [passage["text"] for passage in passages()[:30]]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_of_bert_base_keep_at_most_three_fifths_of_transformers(dtype):
     """B8 S512 with dropout; the embeddings are in the whole, not in what a layer adds."""

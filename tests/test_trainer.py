@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from test_families import OTHERS, SAME, config_of, inputs_of, labels_for
-from tiny import RIGHT, inputs_for, pair
+from tiny import RIGHT, inputs_for, one_is_quick, pair
 
 import fastbert
 from fastbert.families import registry
@@ -51,7 +51,7 @@ def step(model, rows, folder, batch_size: int) -> dict[str, torch.Tensor]:
     return {k: p.detach() - before[k] for k, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", one_is_quick(LABELS))
 def test_accumulated_batches_give_the_step_of_the_whole(name, tmp_path):
     model, rows = model_and_rows(name)
     whole, parts = (step(model, rows, tmp_path, size) for size in (4, 1))
@@ -82,7 +82,7 @@ MASKED_LM = [
 ]
 
 
-@pytest.mark.parametrize(("family", "head"), MASKED_LM)
+@pytest.mark.parametrize(("family", "head"), one_is_quick(MASKED_LM))
 def test_a_run_that_goes_on_is_the_run(family, head, tmp_path):
     """With dropout, whose random state is in the checkpoint; other weights are there before."""
     inputs = {**inputs_of(head, RIGHT), **labels_for(head, config_of(family))}

@@ -1,7 +1,7 @@
 """Tiny BERTs, batches and dtypes that several test files share."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -13,6 +13,15 @@ from fastbert.testing import assert_within_budget
 
 # The quick loop leaves fp16 out: where bf16 is right it is wrong in range alone.
 DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
+
+
+def one_is_quick(cases: Iterable) -> list:
+    """Cases as parameters; the quick loop has the first one."""
+    first, *others = cases
+    return [first, *(pytest.param(*(case if isinstance(case, tuple) else (case,)),
+                                  marks=pytest.mark.slow) for case in others)]  # fmt: skip
+
+
 # Lengths 9 (full), 4, 1 and 7 of 9.
 RIGHT = (torch.arange(9) < torch.tensor([9, 4, 1, 7])[:, None]).long()
 
