@@ -117,8 +117,8 @@ def _launch_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor
 
 
 def _launch_pre_norm_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) -> Tensor:
-    """`_launch_layers` for norms in front: what is added up is normed for the next half, of the
-    next layer too, where it is added up."""
+    """`_launch_layers` for norms in front: where a sum is made it is normed as well, for the half
+    that comes next, be it the next layer's."""
     launches = None
     rows = normalised(hidden, layers.each[0].attention_norm)
     for weights, following in zip(layers.each, [*layers.each[1:], None], strict=True):
@@ -191,6 +191,7 @@ def _multiply_layer(
 def _multiply_pre_norm_layer(
     hidden: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
 ) -> Tensor:
+    """`_multiply_layer` for norms in front."""
     rows = _normed(hidden, weights.attention_norm)
     context = _multiply_and_attend(rows, batch, weights, products)
     hidden = products.product_add(context, *weights.attention_output, hidden)
