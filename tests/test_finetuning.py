@@ -274,9 +274,7 @@ def test_two_processes_are_one(request_for, tmp_path):
     itself."""
     said = []
     for processes in (1, 2):
-        request = request_for(
-            output=str(processes), dropout=0.0, batch_size=16, device_tokens=100, epochs=2
-        )
+        request = request_for(output=str(processes), dropout=0.0, batch_size=16, device_tokens=100)
         for done in launched(PROGRAM, repr(asdict(request)), processes=processes):
             assert done.returncode == 0, done.stderr[-3000:]
             said.append(done.stdout)

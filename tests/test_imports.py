@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a file may import from its own rank and below.
@@ -130,6 +131,12 @@ class Blocked:
             raise ModuleNotFoundError("No module named " + repr(name), name=name)
 sys.meta_path.insert(0, Blocked())
 """
+
+
+@pytest.mark.slow
+def test_processes_that_tests_fork_begin_with_everything_imported():
+    """A server that cannot import it says nothing, and every process would do it again."""
+    assert forked("import sys; print('warm' in sys.modules)").stdout == "True\n"
 
 
 @pytest.mark.slow

@@ -34,7 +34,6 @@ import importlib.util, pathlib, sys
 import fastbert.benchmarks.shapes
 import fastbert.kernels._tiles as tiles
 print("ALONE", tiles.__name__, importlib.util.find_spec("kernels") is None)
-sys.modules.pop("kernels", None)
 theirs = pathlib.Path(sys.argv[1])
 theirs.mkdir()
 (theirs / "__init__.py").write_text("MARK = 'hugging face'\\n")

@@ -288,9 +288,14 @@ def test_norms_in_front_are_launched_with_the_sums_that_they_norm(
     taken = count(monkeypatch, "_launch_pre_norm_layers")
     head = "RobertaPreLayerNormModel"
     models = pair_of("roberta-prelayernorm", head, on_kernels, num_hidden_layers=4)
+    theirs, ours = (each.to(dtype) for each in models)
+    with torch.no_grad():  # or all norms and biases would be the same
+        for p in theirs.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p), alpha=0.3)
+    ours.load_state_dict(theirs.state_dict())
     for each in models:
         NORMS_IN_FRONT[change](each.encoder.layer[2])
-    theirs, ours = (each.to(dtype) for each in models)
     inputs = inputs_of(head, RIGHT, on_kernels)
     with torch.no_grad():
         assert_as_good(theirs, ours(**inputs).last_hidden_state, inputs)

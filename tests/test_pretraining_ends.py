@@ -167,22 +167,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
 
 SAYS_WHO_IT_IS = """
 import os
+import torch
 
+torch.distributed.init_process_group("gloo")
+sum_of_ranks = torch.tensor(1 + torch.distributed.get_rank())
+torch.distributed.all_reduce(sum_of_ranks)
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
-print(*map(os.environ.get, names), os.environ.keys() >= {"MASTER_ADDR", "MASTER_PORT"})
+print(*map(os.environ.get, names), sum_of_ranks.item())
+torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_processes_are_what_torchrun_makes_of_them(tmp_path):
-    """So that other tests go without the command, whose processes import everything anew."""
+    """They find each other too; so other tests go without the command, which imports all anew."""
     program = tmp_path / "program.py"
     program.write_text(SAYS_WHO_IT_IS)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", program]
     theirs = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert theirs.returncode == 0, theirs.stderr[-2000:]
     ours = [done.stdout for done in launched(SAYS_WHO_IT_IS, processes=2)]
-    assert ours == ["0 0 2 2 True True\n", "1 1 2 2 True True\n"]
+    assert ours == ["0 0 2 2 True 3\n", "1 1 2 2 True 3\n"]
     assert sorted(theirs.stdout.splitlines(keepends=True)) == ours
 
 
