@@ -31,6 +31,7 @@ import pytest  # noqa: E402
 import fastbert  # noqa: E402
 from fastbert.testing import poisoned_memory  # noqa: E402
 
+_FROZEN = pytest.StashKey[int]()  # how many modules had been imported when that was done last
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and fakes.py, beside the tests
@@ -52,10 +53,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish():
+def pytest_runtest_setup(item):
     # What was imported stays: no collection need look at it again, and Trainer asks for many.
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > item.config.stash.get(_FROZEN, 0) + 20:
+        gc.collect()
+        gc.freeze()
+        item.config.stash[_FROZEN] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -167,13 +167,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, tmp_path, monkeypatch)
 
 SAYS_WHO_IT_IS = """
 import os
+import sys
 import torch
 
 torch.distributed.init_process_group("gloo")
 sum_of_ranks = torch.tensor(1 + torch.distributed.get_rank())
 torch.distributed.all_reduce(sum_of_ranks)
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
-print(*map(os.environ.get, names), sum_of_ranks.item())
+# As one piece: torchrun's processes write to one pipe, and print() would write each part by itself.
+sys.stdout.write(" ".join([*map(os.environ.get, names), f"{sum_of_ranks.item()}\\n"]))
 torch.distributed.destroy_process_group()
 """
 

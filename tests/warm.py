@@ -1,5 +1,7 @@
 """What the server of `forked` does once, so that no process that it forks need do it."""
 
+import gc
+
 import sentence_transformers  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from typer.testing import CliRunner
@@ -16,3 +18,5 @@ for name in class_names():
     getattr(fastbert, name)
 get_checkpoint_conversion_mapping("bert")  # of all models, at half a second
 CliRunner().invoke(app, ["embed", "--help"])
+gc.collect()
+gc.freeze()  # for the processes: no collection of theirs need look at it
