@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import math
 import pickle
 import threading
 import weakref
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_plan import CHANGES
 from tiny import pair, tiny_config
 from torch import nn
@@ -19,7 +21,7 @@ import fastbert
 from fastbert.encoder import bucket_of
 from fastbert.frozen import Frozen
 from fastbert.ops import onednn
-from fastbert.testing import assert_within_budget
+from fastbert.testing import assert_matches, assert_within_budget
 
 pytestmark = [
     pytest.mark.usefixtures("on_torch"),
@@ -58,6 +60,19 @@ def of_layers(model, inputs=None):
         return hidden(model, inputs)
     finally:
         model.frozen = kept
+
+
+@pytest.mark.parametrize("rows", [9, 64, 65, 300])
+@pytest.mark.parametrize("apart_from", [65, math.inf], ids=["apart", "fused"])
+def test_a_gelu_is_as_exact_in_the_product_as_behind_it(monkeypatch, apart_from, rows):
+    monkeypatch.setattr(onednn, "_GELU_APART_FROM", apart_from)
+    behind = []
+    monkeypatch.setattr(onednn, "_GELU_", lambda total: behind.append(len(total)) or F.gelu(total))
+    x, weight, bias = torch.randn(rows, 48), torch.randn(80, 48), torch.randn(80)
+    for form in (weight, onednn.packed(weight)):
+        found = onednn.product(x, form, bias, "gelu")
+        assert_matches(found, lambda *parts: F.gelu(F.linear(*parts)), (x, weight, bias), "gelu")
+    assert behind == [rows] * (2 * (rows >= apart_from))
 
 
 @pytest.mark.parametrize("dtype", onednn.DTYPES, ids=str)
