@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .ops import onednn
 from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
-from .ops.attention_torch import varlen_in_torch
+from .ops.attention_torch import takes_products, varlen_in_torch
 from .ops.backend import resolve
 from .ops.dropout import dropout_seeds
 from .ops.gradient import wants_gradient
@@ -221,20 +221,23 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
     count, lengths, size = batch.num_tokens, batch.lengths, weights.head_size
     parts = [t[:count] if t.shape[0] > count else t for t in parts]
     (first, *others) = parts
-    if len(set(lengths)) > 1:
+    bias = None if batch.bias is None else batch.bias.to(first.dtype)
+    # Alone and without a bias a sequence is as fast in SDPA, if not in the calls around it.
+    ragged = len(set(lengths)) > 1
+    if ragged or (bias is not None and takes_products(first, len(lengths), lengths[0])):
         if others:
             q, k, v = (t.view(count, -1, size) for t in parts)
         else:
             q, k, v = first.view(count, 3, -1, size).unbind(1)
-        bias = None if batch.bias is None else batch.bias.to(q.dtype)
-        return varlen_in_torch(q, k, v, batch, batch, weights.scale, 0.0, False, bias).flatten(1)
+        return varlen_in_torch(
+            q, k, v, batch, batch, weights.scale, 0.0, False, bias, by_products=True
+        ).flatten(1)
     # As there, in a third of the calls: with few tokens they are most of it.
     rows = len(lengths), lengths[0]
     if others:
         by_head = [t.view(*rows, -1, size).transpose(1, 2) for t in parts]
     else:
         by_head = first.view(*rows, 3, -1, size).permute(2, 0, 3, 1, 4).unbind()
-    bias = None if batch.bias is None else batch.bias.to(by_head[0].dtype)
     context = F.scaled_dot_product_attention(*by_head, bias, scale=weights.scale)
     return context.transpose(1, 2).reshape(count, -1)
 

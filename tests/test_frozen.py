@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastbert
 from fastbert.encoder import bucket_of
 from fastbert.frozen import Frozen
-from fastbert.ops import onednn
+from fastbert.ops import attention_torch, onednn
+from fastbert.ops.reference import attention_varlen_ref
+from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches, assert_within_budget
 
 pytestmark = [
@@ -73,6 +75,28 @@ def test_a_gelu_is_as_exact_in_the_product_as_behind_it(monkeypatch, apart_from,
         found = onednn.product(x, form, bias, "gelu")
         assert_matches(found, lambda *parts: F.gelu(F.linear(*parts)), (x, weight, bias), "gelu")
     assert behind == [rows] * (2 * (rows >= apart_from))
+
+
+@pytest.mark.parametrize("up_to", [128, 0], ids=["products", "SDPA"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_sequences_alone_in_their_length_are_as_exact_by_products(monkeypatch, biased, up_to):
+    lengths = [7, 1, 128, 129, 4, 4, 0, 33]
+    batch = PackedBatch.from_lengths(lengths)
+    q, k, v = torch.randn(sum(lengths), 3, 2, 16).unbind(1)
+    bias = torch.randn(2, 129, 129) if biased else None
+    monkeypatch.setattr(attention_torch, "_PRODUCTS_UP_TO", up_to)
+    multiply, alone = torch.baddbmm, []
+    monkeypatch.setattr(torch, "baddbmm", lambda scores, *a, **k: (
+        alone.append(scores.shape[1]) or multiply(scores, *a, **k)))  # fmt: skip
+    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "by_products": True}
+    found = attention_torch.varlen_in_torch(q, k, v, batch, batch, bias=bias, **options)
+    assert alone == ([7, 1, 128, 33] if up_to else [])
+    monkeypatch.undo()
+
+    def specification(q, k, v, bias):
+        return attention_varlen_ref(q, k, v, lengths, lengths, 0.3, bias=bias)
+
+    assert_matches(found, specification, (q, k, v, bias), "attention")
 
 
 @pytest.mark.parametrize("dtype", onednn.DTYPES, ids=str)
