@@ -170,9 +170,11 @@ def test_embeddings_in_bf16_are_those_of_fp32(minilm_folder):
 
 
 def test_the_number_of_rows_is_rounded_up_a_little():
-    for rows in (1, 8, 9, 63, 64, 65, 200, 257, 1000, 2049, 16384):
-        assert rows <= bucket_of(rows) <= max(rows + 7, rows * 1.25)
-    assert len({bucket_of(rows) for rows in range(1, 513)}) == 24
+    for rows in (1, 8, 9, 63, 64, 65, 200, 257, 513, 1000, 2049, 16384):
+        most = rows * (1 + 1 / (4 if rows < 512 else 16))
+        assert rows <= bucket_of(rows) <= max(rows + 7, most)
+    assert len({bucket_of(rows) for rows in range(1, 513)}) == 36
+    assert len({bucket_of(rows) for rows in range(1, 8193)}) == 132
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "frozen"])
