@@ -1,6 +1,7 @@
 """``fastbert embed`` and the library behind it: every format, every option, every failure."""
 
 import errno
+import importlib.util
 import json
 import os
 import resource
@@ -12,6 +13,8 @@ import torch
 import transformers
 from forked import COMMAND, forked
 
+import fastbert
+from fastbert.ops import onednn_int8
 from fastbert.tasks.embed import Embedder, batches_by_tokens
 from fastbert.tasks.embed_file import embed_file
 from fastbert.tasks.errors import InputError, LoadError, TaskError
@@ -194,6 +197,30 @@ def test_options_reach_the_vectors(tiny_folder, tmp_path, run):
     assert np.array_equal(prompted, embed())
     cut = embed("--max-length", 4)
     assert np.abs(cut - embed()).max() > 1e-3
+
+
+def test_int8_is_asked_for_and_said_where_it_cannot_be(tiny_folder, tmp_path, run):
+    if not onednn_int8.available():
+        pytest.skip("needs torch's int8 products of oneDNN")
+    source, output = write_input(tmp_path / "a.csv", ".csv"), tmp_path / "o.npy"
+
+    def embed(*options):
+        return run("embed", source, "-o", output, "--model", tiny_folder, *options)
+
+    assert embed()[0] == 0
+    exact = np.load(output)
+    assert embed("--int8")[0] == 0
+    found = np.load(output)
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
+    assert ((found * exact).sum(1) / norms).min() > 0.98 and np.abs(found - exact).max() > 1e-4
+    code, _, err = embed("--int8", "--dtype", "bfloat16")
+    assert code == 4 and "expected int8 of an accelerated model in float32 on a CPU" in err
+    assert np.array_equal(np.load(output), found)
+    with pytest.raises(LoadError, match="not accelerated"):
+        Embedder.load(tiny_folder, device=CPU, int8=True, accelerated=False)
+    if importlib.util.find_spec("triton"):
+        with fastbert.backend("triton"), pytest.raises(LoadError, match="what runs in int8"):
+            Embedder.load(tiny_folder, device=CPU, int8=True)
 
 
 def embedder_of(folder, **options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from interrupted import run
 
+from fastbert.ops import onednn_int8
 from fastbert.tasks.embed import Embedder
 from fastbert.tasks.embed_file import embed_file
 from fastbert.tasks.errors import OutputError
@@ -119,6 +120,9 @@ def test_another_run_is_refused_with_the_difference(texts, tiny_folder, tmp_path
     refused("prompt was None and is 'x'", Embedder.load(tiny_folder, device=device, prompt="x"))
     refused("windows was False", Embedder.load(tiny_folder, device=device, windows=True))
     refused("normalize was False", Embedder.load(tiny_folder, device=device, normalize=True))
+    if onednn_int8.available():
+        in_int8 = Embedder.load(tiny_folder, device=device, int8=True)
+        refused("dtype was 'torch.float32' and is 'int8'", in_int8)
     other = tmp_path / "other.txt"
     other.write_text(texts.read_text() + "\nmore")
     refused(rf"input was .* and is '{other} .*; rows was {ROWS} and is {ROWS + 1}", file=other)

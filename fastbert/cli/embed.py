@@ -74,6 +74,10 @@ def command(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="On a CPU: products in int8, faster, with other vectors."),
+    ] = False,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Real tokens in one forward pass.")
     ] = 16384,
@@ -130,6 +134,7 @@ def command(
         device=where,
         dtype=resolve_dtype(dtype, where),
         allow_pickle=allow_pickle,
+        int8=int8,
         max_length=max_length,
         windows=long is LongText.windows,
         prompt=prompt,

@@ -85,6 +85,9 @@ class Embedder:
         windows: a longer text is read in windows that overlap instead; its vector is their mean,
             scaled to length 1 where the model does that. The prompt stands in each.
 
+    Attributes:
+        computes_in: the dtype of the encoder, or ``"int8"``.
+
     Raises:
         LoadError: a prompt or a maximum length that the model does not have, a model that does not
             make vectors of tokens, or a prompt that leaves no room in a window.
@@ -102,6 +105,7 @@ class Embedder:
         windows: bool = False,
     ):
         self.model, self.normalize, self.windows = model.eval(), normalize, windows
+        self.computes_in = str(model.dtype)
         self.truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
         self.prompt = _prompt(model, prompt, prompt_name)
         self._limit_length(max_length)
@@ -139,6 +143,7 @@ class Embedder:
         dtype: torch.dtype = torch.float32,
         allow_pickle: bool = False,
         accelerated: bool = True,
+        int8: bool = False,
         **options: Any,
     ) -> Embedder:
         """From a local folder or a hub name.
@@ -149,11 +154,18 @@ class Embedder:
             device, dtype: where and as what the encoder runs; what follows it runs in fp32.
             allow_pickle: load ``pytorch_model.bin`` where there are no safetensors.
             accelerated: run `fastbert.accelerate` on the model, with frozen weights.
+            int8: of these weights, and of rows as they come, in place of fp32; on a CPU.
             options: of the constructor.
 
         Raises:
-            LoadError: no usable model there, or the constructor's.
+            LoadError: no usable model there, int8 elsewhere or for layers that have none, or the
+                constructor's.
         """
+        if int8 and not (accelerated and device.type == "cpu" and dtype == torch.float32):
+            raise LoadError(
+                f"expected int8 of an accelerated model in float32 on a CPU, got {dtype} on "
+                f"{device.type}{'' if accelerated else ', not accelerated'}; leave int8 out"
+            )
         model = load_sentence_transformer(
             source, device=device, dtype=dtype, allow_pickle=allow_pickle
         )
@@ -163,10 +175,18 @@ class Embedder:
         first.register_forward_hook(_for_what_follows)
         if accelerated:
             try:
-                fastbert.accelerate(model, frozen=True)
+                fastbert.accelerate(model, frozen="int8" if int8 else True)
             except (NotImplementedError, ValueError) as error:
                 raise LoadError(f"cannot accelerate {str(source)!r}: {error}") from error
-        return cls(model, **options)
+        embedder = cls(model, **options)
+        if int8:
+            if not model.transformers_model.frozen.nbytes:
+                raise LoadError(
+                    f"{str(source)!r} has no layers of plain weights, or a backend other than "
+                    "torch is forced: expected what runs in int8; leave int8 out"
+                )
+            embedder.computes_in = "int8"
+        return embedder
 
     @property
     def is_plain(self) -> bool:

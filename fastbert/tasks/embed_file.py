@@ -76,7 +76,7 @@ def embed_file(
         "normalize": embedder.normalize,
         "batch_tokens": batch_tokens,
         "device": str(embedder.model.device),
-        "dtype": str(embedder.model.dtype),
+        "dtype": embedder.computes_in,
         "fastbert": fastbert.__version__,
         "torch": torch.__version__,
     }
