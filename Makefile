@@ -18,7 +18,7 @@ help:
 	@echo "make finetune-examples    real and written texts to six fine-tuned models, in about ten"
 	@echo "make test    the whole test suite, in ten to fifteen minutes on two cores"
 	@echo "make test-transformers    transformers' own tests of its classes, over ours, in four"
-	@echo "make quick   the part of it to run while you work, in one to three"
+	@echo "make quick   the part of it to run while you work, in about two"
 	@echo "make bench   fastbert against everything else that runs here, in about ten minutes"
 	@echo "make compiled   what comes of every kernel, for the record, after a change of one; ten minutes for all"
 	@echo "make lint    ruff check and ruff format --check"

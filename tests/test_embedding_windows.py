@@ -105,6 +105,7 @@ def test_dropout_is_the_same_when_a_pass_is_computed_again(tiny_folder, monkeypa
     assert not torch.equal(found[0][0], step(model, columns)[0]), "dropout was on"
 
 
+@pytest.mark.slow
 def test_every_part_of_a_long_text_is_trained(tiny_folder):
     words = ["the"] * 20_000
     words[10_000], words[-1] = "rome", "paris"

@@ -234,7 +234,7 @@ def test_the_losses_of_transformers(finetune, request_for, tmp_path, task):
     assert np.ptp(found) > 1e-3, "something was trained"
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), _slow(7, 0), _slow(9, 2)])
+@pytest.mark.parametrize(("step", "workers"), [_slow(1, 0), _slow(7, 0), _slow(9, 2)])
 def test_stopped_and_resumed_is_not_stopped(finetune, whole, tmp_path, step, workers):
     folder, verdict = whole
     with pytest.raises(SystemExit) as stop:

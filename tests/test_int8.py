@@ -196,6 +196,7 @@ def test_embeddings_of_a_real_model(minilm_folder):
     assert torch.cosine_similarity(found, exact).min() > 0.99
 
 
+@pytest.mark.slow
 def test_it_is_compared_behind_a_check(monkeypatch, capsys):
     from fastbert.benchmarks import int8
 

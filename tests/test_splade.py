@@ -159,8 +159,9 @@ def vectors_of(mask, pooling, activation):
 
 @pytest.mark.parametrize(
     ("family", "head", "mask"),
-    [(*head, mask) for head in HEADS for mask in ("right", "hole")]
-    + [(*HEADS[0], mask) for mask in ("none", "left")],
+    [(*head, "right") for head in HEADS]
+    + [(*HEADS[0], mask) for mask in ("none", "left")]
+    + [pytest.param(*head, "hole", marks=pytest.mark.slow) for head in HEADS],
 )
 def test_models_of_every_family(family, head, mask, on_torch):
     theirs, ours = pair_of(family, head)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import one_is_quick
 
 from fastbert import testing
 from fastbert.testing import assert_matches, assert_within_budget, with_gradients
@@ -81,7 +82,7 @@ def test_a_wrong_factor_is_found_below_the_rounding_of_every_value(dtype):
 
 
 @pytest.mark.parametrize("inside", [None, torch.float32], ids=["as stored", "in fp32"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", one_is_quick(DTYPES), ids=str)
 def test_ending_early_changes_no_verdict(dtype, inside, monkeypatch):
     """Of results that are off by ever more: by nothing, by rounding, by a factor, by much."""
     early = testing._is_settled

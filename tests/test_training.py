@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import RIGHT, inputs_for, pair
+from tiny import RIGHT, inputs_for, one_is_quick, pair
 
 import fastbert
 from fastbert.testing import assert_within_budget
@@ -372,7 +372,7 @@ def test_attentions_of_packed_sequences_are_apart(device, each_backend):
 # What rules a forward pass rules what backward computes again
 
 
-@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "torch's wrapper"])
+@pytest.mark.parametrize("how", one_is_quick(["reentrant", "not reentrant", "torch's wrapper"]))
 def test_a_forced_backend_rules_the_recomputation(how, device, each_backend, monkeypatch):
     from fastbert.families import model as bert
 
