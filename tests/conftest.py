@@ -31,7 +31,7 @@ import pytest  # noqa: E402
 import fastbert  # noqa: E402
 from fastbert.testing import poisoned_memory  # noqa: E402
 
-_FROZEN = pytest.StashKey[int]()  # how many modules had been imported when that was done last
+_FROZEN = pytest.StashKey[int]()  # how many modules there were at the last gc.freeze()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and fakes.py, beside the tests
