@@ -224,7 +224,7 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
     parts = [t[:count] if t.shape[0] > count else t for t in parts]
     (first, *others) = parts
     bias = None if batch.bias is None else batch.bias.to(first.dtype)
-    # Alone and without a bias a sequence is as fast in SDPA, if not in the calls around it.
+    # One sequence gains by products if it has a bias (without, 0.95 to 1.02 of a model's speed).
     ragged = len(set(lengths)) > 1
     if ragged or (bias is not None and takes_products(first, len(lengths), lengths[0])):
         if others:

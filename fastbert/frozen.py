@@ -81,6 +81,9 @@ class Frozen:
     Args:
         form: one of `FORMS`.
 
+    Attributes:
+        form: that.
+
     Raises:
         ValueError: it is none, or this torch does not have its products.
     """
@@ -90,13 +93,13 @@ class Frozen:
             raise ValueError(f"frozen: expected True, False or 'int8', got {form!r}")
         if form == "int8" and not onednn_int8.available():
             raise ValueError("frozen='int8': this build of torch has no products in int8 (oneDNN)")
-        self._form, self._products = form, FORMS[form]
+        self.form, self._products = form, FORMS[form]
         self._lock = threading.Lock()
         self._made: _Copies | None = None
         self._said = False
 
     def __reduce__(self):
-        return Frozen, (self._form,)
+        return Frozen, (self.form,)
 
     def __call__(self, rows: Tensor, batch: PackedBatch | PaddedBatch, layers: Layers) -> Tensor:
         """`fastbert.encoder.encode_layers`, whose arguments these are."""
@@ -109,7 +112,7 @@ class Frozen:
         copies = self._copies(layers) if takes else None
         if self._made and (rows.dtype not in self._products.DTYPES or rows.device.type != "cpu"):
             self.forget()  # the model has moved to where there are none
-        if copies is None and self._form == "int8" and not self._said:
+        if copies is None and self.form == "int8" and not self._said:
             self._said = True
             _log.warning(
                 "fastbert: frozen='int8' has no effect here, layers run as they are: it is for "

@@ -18,6 +18,7 @@ from fastbert.ops import onednn_int8
 from fastbert.tasks.embed import Embedder, batches_by_tokens
 from fastbert.tasks.embed_file import embed_file
 from fastbert.tasks.errors import InputError, LoadError, TaskError
+from fastbert.tasks.loading import load_sentence_transformer
 from fastbert.tasks.reading import TextFile
 
 pytest.importorskip("sentence_transformers")
@@ -218,8 +219,14 @@ def test_int8_is_asked_for_and_said_where_it_cannot_be(tiny_folder, tmp_path, ru
     assert np.array_equal(np.load(output), found)
     with pytest.raises(LoadError, match="not accelerated"):
         Embedder.load(tiny_folder, device=CPU, int8=True, accelerated=False)
+    model = load_sentence_transformer(tiny_folder, device=CPU, dtype=torch.float32)
+    fastbert.accelerate(model, frozen="int8")
+    assert Embedder(model).computes_in == "int8"  # whoever has asked for it
     if importlib.util.find_spec("triton"):
-        with fastbert.backend("triton"), pytest.raises(LoadError, match="what runs in int8"):
+        with (
+            fastbert.backend("triton"),
+            pytest.raises(LoadError, match="plain weights for int8"),
+        ):
             Embedder.load(tiny_folder, device=CPU, int8=True)
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from test_families import pair_of
 from test_plan import CHANGES
 from tiny import pair, tiny_config
 from torch import nn
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
 from fastbert.encoder import bucket_of
+from fastbert.families import registry
 from fastbert.frozen import Frozen
 from fastbert.ops import attention_torch, onednn
 from fastbert.ops.reference import attention_varlen_ref
@@ -97,6 +99,29 @@ def test_sequences_alone_in_their_length_are_as_exact_by_products(monkeypatch, b
         return attention_varlen_ref(q, k, v, lengths, lengths, 0.3, bias=bias)
 
     assert_matches(found, specification, (q, k, v, bias), "attention")
+
+
+@pytest.mark.parametrize(
+    ("family", "lengths", "expected"),
+    [("bert", [9, 4, 4, 7], [9, 7]), ("bert", [9], []), ("mpnet", [9, 4, 4, 7], [9, 7]),
+     ("mpnet", [9], [9])],
+)  # fmt: skip
+def test_layers_attend_by_products_where_that_is_a_gain(family, lengths, expected, monkeypatch):
+    monkeypatch.setattr(attention_torch, "_PRODUCTS_UP_TO", 128)
+    run, alone = attention_torch._sequence_by_products, []
+    monkeypatch.setattr(attention_torch, "_sequence_by_products", lambda q, *rest: (
+        alone.append(len(q)) or run(q, *rest)))  # fmt: skip
+    if family == "bert":
+        theirs, ours = pair("BertModel")
+    else:
+        theirs, ours = pair_of(family, registry.load(family).model.__name__)
+    ours.frozen = Frozen()
+    inputs = batch_of(lengths)
+    found = hidden(ours, inputs)
+    assert alone == expected * 2
+    real = inputs["attention_mask"].bool()
+    exact = hidden(copy.deepcopy(theirs).double(), inputs)[real]
+    assert_within_budget(found[real], exact, hidden(theirs, inputs)[real], family)
 
 
 @pytest.mark.parametrize("dtype", onednn.DTYPES, ids=str)

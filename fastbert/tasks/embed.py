@@ -85,9 +85,6 @@ class Embedder:
         windows: a longer text is read in windows that overlap instead; its vector is their mean,
             scaled to length 1 where the model does that. The prompt stands in each.
 
-    Attributes:
-        computes_in: the dtype of the encoder, or ``"int8"``.
-
     Raises:
         LoadError: a prompt or a maximum length that the model does not have, a model that does not
             make vectors of tokens, or a prompt that leaves no room in a window.
@@ -105,7 +102,6 @@ class Embedder:
         windows: bool = False,
     ):
         self.model, self.normalize, self.windows = model.eval(), normalize, windows
-        self.computes_in = str(model.dtype)
         self.truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
         self.prompt = _prompt(model, prompt, prompt_name)
         self._limit_length(max_length)
@@ -179,13 +175,11 @@ class Embedder:
             except (NotImplementedError, ValueError) as error:
                 raise LoadError(f"cannot accelerate {str(source)!r}: {error}") from error
         embedder = cls(model, **options)
-        if int8:
-            if not model.transformers_model.frozen.nbytes:
-                raise LoadError(
-                    f"{str(source)!r} has no layers of plain weights, or a backend other than "
-                    "torch is forced: expected what runs in int8; leave int8 out"
-                )
-            embedder.computes_in = "int8"
+        if int8 and embedder.computes_in != "int8":
+            raise LoadError(
+                f"expected layers of plain weights for int8, and no forced backend but torch, got "
+                f"{str(source)!r} in {embedder.computes_in}; leave int8 out"
+            )
         return embedder
 
     @property
@@ -193,6 +187,14 @@ class Embedder:
         """Whether there were no sentence-transformers files beside the model, so that it gets mean
         pooling."""
         return not self.model.module_kwargs
+
+    @property
+    def computes_in(self) -> str:
+        """The dtype of the encoder, or ``"int8"``."""
+        frozen = getattr(self.model.transformers_model, "frozen", None)
+        if frozen is not None and frozen.form == "int8" and frozen.nbytes:
+            return "int8"
+        return str(self.model.dtype)
 
     def digest(self) -> str:
         """BLAKE2b of all that a vector follows from beside the text: weights, modules, tokens."""
