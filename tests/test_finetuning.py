@@ -130,11 +130,11 @@ def ends():
     signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.draws
 @pytest.mark.parametrize(
     ("task", "head", "pipeline"),
     [
-        ("classification", "BertForSequenceClassification", "text-classification"),
+        pytest.param("classification", "BertForSequenceClassification", "text-classification",
+                     marks=pytest.mark.draws),
         _slow("pairs", "BertForSequenceClassification", "text-classification"),
         _slow("multi-label", "BertForSequenceClassification", "text-classification"),
         _slow("regression", "BertForSequenceClassification", "text-classification"),
@@ -143,7 +143,7 @@ def ends():
         _slow("answering", "BertForQuestionAnswering", None),
         _slow("multiple-choice", "BertForMultipleChoice", None),
     ],
-)
+)  # fmt: skip
 def test_every_task_learns(finetune, tmp_path, task, head, pipeline):
     test = write(tmp_path / "test.jsonl", rows_of(task, 40, seed=1))
     epochs = 24 if task == "multi-label" else 8  # two words, of which each says something

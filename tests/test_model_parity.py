@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import RIGHT, inputs_for, pair, specified_by
 
+import fastbert
 from fastbert.testing import assert_matches, assert_within_budget
 
 HEADS = (
@@ -225,23 +226,18 @@ def modes_of(losses):
 
 
 @pytest.mark.parametrize(("name", "mode"), [*modes_of(LOSSES)])
-def test_loss_and_gradients_match_transformers(name, mode, device, each_backend):
+def test_loss_and_gradients_match_transformers(name, mode, device, every_backend):
     head, labels = LOSSES[name]
     training, dtype = MODES[mode]
     theirs, ours = (m.train(training).to(dtype) for m in pair(head, device, **NO_DROPOUT))
     inputs = inputs_for(head, RIGHT, device) | {k: v.to(device) for k, v in labels.items()}
     ours_too = {"skip_logits": True} if name.endswith("no logits") else {}
-    loss = ours(**inputs, **ours_too).loss
-    loss.backward()
     # transformers' default attention: in 16 bits either may be several times the other's error.
     other = copy.deepcopy(theirs)
     other.set_attn_implementation("sdpa")
     eager, sdpa = (specified_by(m, lambda out: out.loss, **inputs)[0] for m in (theirs, other))
     parameters = specified_by(theirs, None)[1]
-    wide = [p.double() for p in parameters]
-    exact = gradients(eager, wide)
-    trained = [g is not None for g in exact]
-    assert [p.grad is not None for p in ours.parameters()] == trained
+    exact = gradients(eager, [p.double() for p in parameters])
     # One comparison over all gradients, each in units of its own largest value. A key's bias has
     # none: softmax does not see a shift.
     units = [g.abs().max() if g is not None else torch.zeros(()) for g in exact]
@@ -254,13 +250,22 @@ def test_loss_and_gradients_match_transformers(name, mode, device, each_backend)
         def run(*parameters):
             leaves = [p.detach().requires_grad_() for p in parameters]
             out = loss(*leaves)
-            return [out.detach(), together(torch.autograd.grad(out, leaves, allow_unused=True))]
+            grads = torch.autograd.grad(out, leaves, allow_unused=True)
+            return [out.detach(), together(grads)] * len(every_backend)
 
         return run
 
-    actual = [loss.detach(), together([p.grad for p in ours.parameters()])]
+    actual = []
+    for backend in every_backend:
+        ours.zero_grad()
+        with fastbert.backend(backend):
+            loss = ours(**inputs, **ours_too).loss
+            loss.backward()
+        assert [p.grad is None for p in ours.parameters()] == [g is None for g in exact]
+        actual += [loss.detach(), together([p.grad for p in ours.parameters()])]
     specification, more = results(eager), results(sdpa)
-    assert_matches([t.to(dtype) for t in actual], specification, parameters, name, others=[more])
+    label = f"{name}, loss and gradients by {' and '.join(every_backend)}"
+    assert_matches([t.to(dtype) for t in actual], specification, parameters, label, others=[more])
 
 
 def gradients(function, parameters):
