@@ -1,6 +1,7 @@
 """PEFT over models of every family: what it trains, and what it switches between."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -122,7 +123,10 @@ def test_virtual_tokens(family, kind, caplog, monkeypatch):
     """Those in front of keys and values are transformers' to compute, and that is said."""
     monkeypatch.setattr("fastbert.families.obstacle._said", set())
     theirs = adapted(family, kind)
+    encoder = inspect.signature(theirs.get_base_model().base_model.forward).parameters
+    if kind == "prefix" and "past_key_values" not in encoder:
+        pytest.skip("peft looks for caches by a name that this version of transformers has not")
     ours = copy.deepcopy(theirs)
     fastbert.accelerate(ours)
     check(theirs, ours, inputs_of(HEADS[family], RIGHT))
-    assert ("caches are not packed" in caplog.text) is (kind == "prefix")
+    assert ("is not packed" in caplog.text) is (kind == "prefix")

@@ -1,8 +1,10 @@
 """The drop-in promise: what people do with a transformers BERT works, and gives the same."""
 
 import copy
+import inspect
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tiny import INPUTS, RIGHT, assert_as_good, pair, tiny_config
 
 import fastbert
 from fastbert.families import registry
+from fastbert.families.family import EmbeddingParts
+from fastbert.families.model import arguments_not_packed
 from fastbert.families.obstacle import obstacle
 from fastbert.ops.backend import interpreting
 
@@ -423,6 +427,42 @@ def test_decoder_and_cross_attention_are_transformers_own():
     torch.testing.assert_close(actual[0], expected[0])
     torch.testing.assert_close(actual.cross_attentions, expected.cross_attentions)
     assert len(actual.past_key_values) == 2
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_keys_and_values_in_front_are_never_left_out(name, caplog):
+    """By the name that this version of transformers has for them, and by an older one."""
+    theirs, ours = pair("BertModel")
+    named = inspect.signature(transformers.BertModel.forward).parameters
+    if name not in named and name == "cache":
+        pytest.skip("this version of transformers has no argument of this name")
+
+    def given():  # transformers appends to it
+        cache, generator = transformers.DynamicCache(), torch.Generator().manual_seed(0)
+        for layer in range(2):
+            cache.update(*torch.randn(2, 4, 2, 3, 16, generator=generator), layer)
+        front = torch.ones(4, 3, dtype=torch.long)
+        mask = torch.cat([front, INPUTS["attention_mask"]], 1)
+        return {**INPUTS, "attention_mask": mask, name: cache}
+
+    expected, actual = theirs(**given())[0], ours(**given())[0]
+    torch.testing.assert_close(actual[REAL], expected[REAL])
+    assert (expected - theirs(**INPUTS)[0])[REAL].abs().max() > 0.1
+    assert "is not packed" in caplog.text
+
+
+def test_an_argument_that_a_later_version_brings_is_transformers_own():
+    class Later:
+        def forward(self, input_ids, bbox=None, token_type_ids=None, *, news=None, **kwargs): ...
+
+    sums = EmbeddingParts(further_inputs=("bbox",))
+    found = arguments_not_packed(SimpleNamespace(model=Later, sums=sums))
+    assert found == ("news", "past_key_values")
+    decoding = {"encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache",
+                "use_cache"}  # fmt: skip
+    for name in registry.MODEL_TYPES:
+        found = arguments_not_packed(registry.load(name))
+        assert decoding.issuperset(found), f"{name} has a new one: can it be packed?"
 
 
 def test_recording_works_on_the_fallback_too():

@@ -38,5 +38,7 @@ FAMILY = with_berts_heads(
     "Ernie",
     decoder="ForCausalLM",
     labelled=LabelledErnieOutput,
-    sums=EmbeddingParts(further=("task_type_embeddings",), further_sum=_tasks),
+    sums=EmbeddingParts(
+        further=("task_type_embeddings",), further_inputs=("task_type_ids",), further_sum=_tasks
+    ),
 )

@@ -107,6 +107,7 @@ class EmbeddingParts:
     Attributes:
         word, position, token_type: tables; a family may have no token types.
         further: names of more tables; a model may be without.
+        further_inputs: arguments of a call that these are read with.
         further_sum: what these give: from the embeddings, the arguments of a call by name, what
             packs one of them, ``[1 or B, S, ...]``, and where ids are; ``[T or 1, E]``, or None.
         norm, dropout: behind the sum; a family may have no norm there.
@@ -120,6 +121,7 @@ class EmbeddingParts:
     position: str = "position_embeddings"
     token_type: str | None = "token_type_embeddings"
     further: tuple[str, ...] = ()
+    further_inputs: tuple[str, ...] = ()
     further_sum: FurtherSum = _nothing_further
     norm: str | None = "LayerNorm"
     dropout: str = "dropout"

@@ -55,7 +55,9 @@ FAMILY = like_bert(
     "LayoutLM",
     output=BaseModelOutputWithPooling,
     sums=EmbeddingParts(
-        further=tuple(f"{name}_position_embeddings" for name in "xyhw"), further_sum=_boxes
+        further=tuple(f"{name}_position_embeddings" for name in "xyhw"),
+        further_inputs=("bbox",),
+        further_sum=_boxes,
     ),
     heads={
         "LayoutLMForMaskedLM": Head(MaskedLMHead, {"vocabulary": _VOCABULARY}),

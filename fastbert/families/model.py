@@ -9,6 +9,7 @@ goes to transformers' code, unchanged. What differs between families is read of 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ from .inputs import check_inputs, embed_rows, make_batch, refuse_packed
 from .obstacle import Found, call_obstacle, examine, say_once
 from .plan import plan_of
 
-__all__ = ["Call", "PackedLayer", "PackedModel", "first_position", "requesting"]
+__all__ = [
+    "Call", "PackedLayer", "PackedModel", "arguments_not_packed", "first_position", "requesting",
+]  # fmt: skip
 
 # Newer versions of transformers take indices for output_hidden_states, older ones a flag.
 _SELECTS = hasattr(output_capturing, "selected_hidden_states")
@@ -254,12 +257,37 @@ def _zero_padding(output: ModelOutput, mask: Tensor | None) -> None:
         )
 
 
+# What a packed call reads of its arguments, beside what a family's embeddings do.
+_PACKED = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
+    "output_hidden_states", "output_attentions", "return_dict",
+)  # fmt: skip
+
+
+def arguments_not_packed(family: Family) -> tuple[str, ...]:
+    """The arguments of a family's model that are for transformers' own code to deal with.
+
+    All that it names but those that are known here, so that none which a later version brings is
+    ever left out in silence.
+    """
+    parameters = inspect.signature(family.model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    packed = ("self", *_PACKED, *family.sums.further_inputs)
+    # The name of a cache that newer versions take as well, but do not name.
+    return tuple(n for n in dict.fromkeys((*named, "past_key_values")) if n not in packed)
+
+
 class PackedModel(DropIn):
     """A model without padding between the embeddings and the head.
 
     The same parameters, arguments and outputs as transformers' class, with one difference: hidden
     states at padding are zeros, where transformers leaves numbers that mean nothing.
+
+    Attributes:
+        not_packed: arguments whose calls run transformers' code.
     """
+
+    not_packed: tuple[str, ...] = ()
 
     def run(self, inputs: dict[str, Any]) -> ModelOutput:
         """A call, whose arguments come by name."""
@@ -285,13 +313,12 @@ class PackedModel(DropIn):
 
     def _reason(self, inputs: dict[str, Any]) -> tuple[str | None, Found | None]:
         """Why this call runs transformers' code, or None, and what is known of the modules."""
-        given = map(inputs.get, ("encoder_hidden_states", "past_key_values"))
-        if (
-            getattr(self.config, "is_decoder", False)
-            or any(value is not None for value in given)
-            or inputs.get("use_cache")
-        ):
-            return "decoder mode, cross-attention and caches are not packed", None
+        if getattr(self.config, "is_decoder", False):
+            return "decoder mode is not packed", None
+        for name in self.not_packed:
+            value = inputs.get(name)
+            if value is not None and value is not False:
+                return f"{name} is not packed", None
         found = examine(self)
         return call_obstacle(inputs) or found.reason, found
 

@@ -13,7 +13,7 @@ from torch import nn
 from . import known
 from .drop_in import make_twin
 from .family import Family
-from .model import PackedLayer, PackedModel
+from .model import PackedLayer, PackedModel, arguments_not_packed
 
 __all__ = ["MODEL_TYPES", "class_named", "class_names", "family_of", "head_class", "load"]
 
@@ -81,7 +81,11 @@ def _load(model_type: str) -> Family:
     page = importlib.import_module(f"{__package__}.{_LISTED[model_type].page}")
     family: Family = page.FAMILY
     known.learn(family.code, family.row_wise)
-    kinds = {family.layer.__name__: (PackedLayer, {}), family.model.__name__: (PackedModel, {})}
+    settings = {"not_packed": arguments_not_packed(family)}
+    kinds = {
+        family.layer.__name__: (PackedLayer, {}),
+        family.model.__name__: (PackedModel, settings),
+    }
     kinds |= {name: (head.kind, head.settings) for name, head in family.heads.items()}
     models, prefix = importlib.import_module(_MODELS), _LISTED[model_type].prefix
     for theirs, (kind, settings) in kinds.items():
