@@ -94,10 +94,10 @@ class RowTile:
 def _known(arch: int) -> int:
     """The architecture whose tables serve ``arch``: the newest one that is not newer.
 
-    sm_120 and its kin, the Blackwell without tensor memory, have the shared memory and the matrix
-    instructions of sm_89 (CUDA programming guide, compute capability 12.x).
+    sm_86, and sm_120 with its kin, the Blackwell without tensor memory, have the shared memory and
+    the matrix instructions of sm_89 (CUDA programming guide, compute capabilities 8.6 and 12.x).
     """
-    if arch // 10 == 12:
+    if arch == 86 or arch // 10 == 12:
         return 89
     return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
 
@@ -273,10 +273,10 @@ _AMPERE_BWD: dict[bool, _BwdTiles] = {
         128: ((64, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
     },
     True: {
-        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        16: ((64, 64, 4, 1), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
         32: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (64, 32, 8, 1)),
-        64: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 1)),
-        128: ((64, 64, 16, 1), (32, 32, 4, 2), (32, 16, 4, 1), (32, 32, 8, 1)),
+        64: ((64, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 1)),
+        128: ((64, 64, 16, 1), (32, 32, 8, 1), (32, 16, 4, 1), (32, 32, 8, 1)),
     },
 }
 _ADA_BWD: dict[bool, _BwdTiles] = {
@@ -285,10 +285,10 @@ _ADA_BWD: dict[bool, _BwdTiles] = {
         64: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 4, 2), (64, 32, 8, 1)),
     },
     True: {
-        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        16: ((64, 64, 4, 1), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         32: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
-        64: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 1)),
-        128: ((64, 64, 16, 1), (32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1)),
+        64: ((64, 64, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 1)),
+        128: ((64, 64, 16, 1), (32, 32, 8, 1), (32, 16, 4, 1), (64, 32, 8, 1)),
     },
 }
 _HOPPER_BWD: dict[bool, _BwdTiles] = {
@@ -299,10 +299,10 @@ _HOPPER_BWD: dict[bool, _BwdTiles] = {
         128: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 128, 8, 2), (64, 64, 8, 2)),
     },
     True: {
-        16: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
-        32: ((128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        16: ((64, 64, 4, 1), (128, 128, 8, 1), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+        32: ((64, 64, 4, 1), (128, 128, 8, 1), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         64: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 128, 8, 3), (64, 64, 8, 2)),
-        128: ((64, 64, 4, 1), (128, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
+        128: ((64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
     },
 }
 _ATTENTION_BWD = {80: _AMPERE_BWD, 89: _ADA_BWD, 90: _HOPPER_BWD}
@@ -331,7 +331,8 @@ def attention_bwd_tiles(
 ) -> AttentionBwdTiles:
     """The tiles of backward for a batch whose longest sequences have these lengths.
 
-    Dropout by 16 bits leaves no registers for the larger one of two tiles for whole sequences.
+    Dropout by 16 bits, or beside a bias, leaves no registers for the larger one of two tiles for
+    whole sequences.
     """
     block_d = max(16, next_power_of_2(head_dim))
     if dtype.itemsize == 2:
@@ -345,7 +346,8 @@ def attention_bwd_tiles(
         return _choose(f"{slot} {part}", arch, made)
 
     *wholes, dq, dkdv, bias = chosen
-    for m, n, *launch in wholes[:1] if dropout_bits == 16 else wholes:
+    scarce = dropout_bits == 16 or (dropout_bits and has_bias)
+    for m, n, *launch in wholes[:1] if scarce else wholes:
         whole = tile(f"S<={m}", m, n, *launch, single=True)
         if fits := max_seqlen_q <= whole.block_m and max_seqlen_k <= whole.block_n:
             break
@@ -431,7 +433,7 @@ def cross_entropy_tile(width: int, arch: int) -> RowTile:
     """One row a program, in strips."""
     block_n = min(4096, next_power_of_2(width))
     # Where 8 warps of 119547 labels in fp32 spill and leave two thirds of a multiprocessor idle.
-    wide = 16 if arch == 86 or _known(arch) == 89 else 8
+    wide = 16 if _known(arch) == 89 else 8
     num_warps = wide if block_n > 1024 else 4
     return _choose(f"cross entropy {block_n}", arch, RowTile(1, block_n, num_warps))
 

@@ -34,11 +34,24 @@ def test_attention_tiles_are_legal_for_every_head_and_length(arch, dtype):
 
 
 def test_an_architecture_gets_the_tables_of_what_it_is_like():
-    """Tiles of sm_90 ask for more shared memory than sm_120 has, and for wgmma."""
+    """Tiles of sm_90 ask for more shared memory than sm_120 has, and for wgmma; those of sm_80 for
+    more registers than sm_86 has without a stack."""
     options = dict(head_dim=128, dtype=torch.bfloat16, max_seqlen_q=512, max_seqlen_k=512)
-    chosen = {arch: tiles.attention_tile(**options, arch=arch) for arch in (89, 90, 103, 120, 121)}
-    assert chosen[120] == chosen[121] == chosen[89] != chosen[90] == chosen[103]
-    assert tiles.cross_entropy_tile(30522, 120) == tiles.cross_entropy_tile(30522, 89)
+    chosen = {
+        arch: tiles.attention_tile(**options, arch=arch) for arch in (80, 86, 89, 90, 103, 120, 121)
+    }
+    assert chosen[120] == chosen[121] == chosen[86] == chosen[89]
+    assert chosen[80] != chosen[89] != chosen[90] == chosen[103]
+    for arch in (86, 120):
+        assert tiles.cross_entropy_tile(30522, arch) == tiles.cross_entropy_tile(30522, 89)
+
+
+def test_dropout_beside_a_bias_leaves_registers_for_the_smaller_whole_sequence():
+    options = dict(head_dim=32, dtype=torch.bfloat16, arch=90, max_seqlen_q=100, max_seqlen_k=100)
+    assert tiles.attention_bwd_tiles(**options, has_bias=True).is_whole
+    for also in ({"has_bias": True, "dropout_bits": 8}, {"has_bias": True, "dropout_bits": 16}):
+        assert not tiles.attention_bwd_tiles(**options, **also).is_whole
+    assert tiles.attention_bwd_tiles(**options, dropout_bits=8).is_whole
 
 
 def test_long_keys_are_walked_and_short_ones_are_not():
