@@ -8,6 +8,7 @@ What comes back is what Triton's returns, to the bit, the type and numpy's dtype
 compares them.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
-__all__ = ["OPERATIONS", "in_int32"]
+__all__ = ["OPERATIONS", "in_int32", "is_negative_zero"]
 
 _NUMBERS = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "uint32": np.uint32}
 _BITS = {"int32": 32, "int64": 64, "uint32": 32}
@@ -64,7 +65,14 @@ def _is_number(value, name: str) -> bool:
     if kind is not float or name != "fp32":
         return False
     size = abs(value)
-    return size == 0 or size == float("inf") or _FP32.tiny <= size <= _FP32.max or size != size
+    if size == 0:
+        return not is_negative_zero(value)
+    return size == float("inf") or _FP32.tiny <= size <= _FP32.max or size != size
+
+
+def is_negative_zero(value: float) -> bool:
+    """Whether a number is one that loses its sign in some versions of Triton."""
+    return value == 0 and math.copysign(1, value) < 0
 
 
 class _Met(NamedTuple):
@@ -86,8 +94,7 @@ def _meet(tensor: core.tensor, other, names) -> _Met | None:
     if type(other) is not core.tensor:
         if dtype.name not in _NUMBERS or not _is_number(other, dtype.name):
             return None
-        zero_has_no_sign = other or 0
-        return _Met(_NUMBERS[dtype.name](zero_has_no_sign), dtype, left.is_block())
+        return _Met(_NUMBERS[dtype.name](other), dtype, left.is_block())
     right = other.type
     if left is right:
         return _Met(other.handle.data, dtype, left.is_block())

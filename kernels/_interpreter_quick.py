@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
-from ._interpreter_operators import OPERATIONS, in_int32
+from ._interpreter_operators import OPERATIONS, in_int32, is_negative_zero
 
 __all__ = ["install", "refuse_overflow"]
 
@@ -117,10 +117,10 @@ class _Semantic(type(interpreter.interpreter_semantic)):
         if kind is int:
             if name not in _LIMIT or not -_LIMIT[name] <= number < _LIMIT[name]:
                 return None
-        elif kind is not float or name != "fp32":
+        elif kind is not float or name != "fp32" or is_negative_zero(number):
             return None
         shape = tuple(tensor.type.shape) if tensor.type.is_block() else 1
-        return self._filled(shape, number or 0, tensor.dtype, tensor.type)  # no zero has a sign
+        return self._filled(shape, number, tensor.dtype, tensor.type)
 
     def _filled(self, shape, value, dtype, type):
         data = np.full(shape, value, interpreter._get_np_dtype(dtype))
