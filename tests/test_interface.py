@@ -111,6 +111,36 @@ def test_what_is_not_an_encoders_attention_is_refused(on_torch):
         ours(IDS, attention_mask=torch.ones(4, 1, 9, 9, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("name", one_is_quick(MODELS))
+def test_packed_sequences_stay_apart(name, device, each_backend):
+    """As with transformers' flash attentions, which the bounds are for."""
+    theirs, ours = both(name, device)
+    lengths = [4, 1, 7]
+    ids = IDS.flatten()[: sum(lengths)].to(device)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    bounds = torch.tensor([0, 4, 5, 12], dtype=torch.int32, device=device)
+    packed = {"position_ids": positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+              "max_length_q": 7, "max_length_k": 7}  # fmt: skip
+    with torch.no_grad():
+        apart = torch.cat([theirs(part[None])[0][0] for part in ids.split(lengths)])
+        found = ours(ids[None], **packed)[0][0]
+        torch.testing.assert_close(found, apart)
+        bounds[1:3] = torch.tensor([2, 9])  # other sequences in the same tensor
+        parts = ids.split([2, 7, 3])
+        places = torch.cat([torch.arange(len(part)) for part in parts])[None].to(device)
+        apart = torch.cat([theirs(part[None])[0][0] for part in parts])
+        found = ours(ids[None], **{**packed, "position_ids": places})[0][0]
+        torch.testing.assert_close(found, apart)
+        with pytest.raises(ValueError, match=r"rise from 0 .*got \[0, 2, 9, 12\] for .*\(1, 9\)"):
+            ours(ids[None, :9], cu_seq_lens_q=bounds)
+        mask = torch.ones(1, 12, dtype=torch.long, device=device)
+        mask[0, -1] = 0
+        with pytest.raises(NotImplementedError, match="got a mask beside cu_seq_lens_q in a"):
+            ours(ids[None], attention_mask=mask, cu_seq_lens_q=bounds)
+        with pytest.raises(NotImplementedError, match="cu_seq_lens_k as cu_seq_lens_q, got"):
+            ours(ids[None], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds[[0, 1, 3]])
+
+
 def test_a_family_is_packed_all_the_same(on_torch):
     from fastbert.families.obstacle import obstacle
 

@@ -20,7 +20,7 @@ from . import modules
 from .family import EmbeddingParts
 from .obstacle import say_once
 
-__all__ = ["check_inputs", "embed_rows", "make_batch", "refuse_packed"]
+__all__ = ["check_inputs", "embed_rows", "lengths_of", "make_batch", "refuse_packed"]
 
 
 def check_inputs(
@@ -162,6 +162,26 @@ def refuse_packed(model: nn.Module, kwargs: dict[str, Any], reason: str) -> None
     )
 
 
+def lengths_of(cu_seqlens: Tensor, shape: tuple[int, int], what: str) -> list[int]:
+    """Of the sequences of a row that came packed.
+
+    Args:
+        cu_seqlens: ``cu_seq_lens_q``, where each ends, with a zero in front.
+        shape: of the input, ``(1, tokens)``.
+        what: it is for, for the message.
+
+    Raises:
+        ValueError: they are not those of this row.
+    """
+    ends = cu_seqlens.tolist()
+    if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
+        raise ValueError(
+            f"{what}: expected cu_seq_lens_q to rise from 0 to the number of tokens of one packed "
+            f"row, got {ends} for input of shape {shape}"
+        )
+    return [end - start for start, end in pairwise(ends)]
+
+
 def _packed_lengths(
     model: nn.Module,
     shape: tuple[int, int],
@@ -172,13 +192,7 @@ def _packed_lengths(
     transformers takes them so too."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if shape[0] != 1 or ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
-            raise ValueError(
-                f"{type(model).__name__}: expected cu_seq_lens_q to rise from 0 to the number of "
-                f"tokens of one packed row, got {ends} for input of shape {shape}"
-            )
-        return [end - start for start, end in pairwise(ends)]
+        return lengths_of(cu_seqlens, shape, type(model).__name__)
     if position_ids is None or shape[0] != 1:
         return None
     positions = position_ids[0]

@@ -7,6 +7,7 @@ positions or gated layers, as NomicBERT and EuroBERT have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from transformers.masking_utils import flash_attention_mask
 
 from .. import ops
 from ..packing import PackedBatch
+from .inputs import lengths_of
 
 __all__ = ["NAME", "attend", "register_attention"]
 
 NAME = "fastbert"
 _NOT_DONE = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
-# Of a mask that all layers of a call are given: its version then, and the batch.
+# Of a mask, or of bounds, that all layers of a call are given: its version then, and the batch.
 _batches: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -57,19 +59,27 @@ def attend(
         query: ``[B, H, S, D]``; key, value: ``[B, H or a part of it, S, D]``.
         attention_mask: ``[B, S]``, where tokens are real, or None.
         dropout, scaling: as in `fastbert.ops.attention_varlen`.
+        kwargs: what else the model was called with; ``cu_seq_lens_q`` keeps the packed sequences of
+            one row apart, as it does with transformers' flash attentions.
 
     Returns:
         ``[B, S, H, D]`` with zeros at padding, and None for the weights.
 
     Raises:
         NotImplementedError: causal attention, keys of other sequences, or something else that is
-            not padding.
+            not padding; packed sequences in a compiled call.
+        ValueError: ``cu_seq_lens_q`` that are not those of one row.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     asked = [name for name in _NOT_DONE if kwargs.get(name) is not None]
     asked += ["is_causal"] * bool(causal and query.shape[2] > 1)
     if key.shape[2] != query.shape[2]:
         asked.append("keys of other sequences")
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None and attention_mask is not None:
+        asked.append("a mask beside cu_seq_lens_q")
+    if bounds is not None and torch.compiler.is_compiling():
+        asked.append("cu_seq_lens_q while compiling")
     if asked:
         raise NotImplementedError(
             f"attn_implementation={NAME!r}: expected an encoder's full self-attention, got "
@@ -83,6 +93,16 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    if bounds is not None:
+        of_keys, what = kwargs.get("cu_seq_lens_k"), type(module).__name__
+        batch = _packed_of(bounds, query, what)
+        if of_keys is not None and _packed_of(of_keys, query, what).lengths != batch.lengths:
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r}: expected cu_seq_lens_k as cu_seq_lens_q, got "
+                f"{of_keys.tolist()} and {bounds.tolist()}"
+            )
+        rows = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        return ops.attention_varlen(*rows, batch, scale=scaling, dropout_p=dropout)[None], None
     if attention_mask is not None and torch.compiler.is_compiling():  # shapes must not depend on it
         real = attention_mask.bool()
         context = ops.attention(
@@ -99,8 +119,25 @@ def _batch_of(mask: Tensor | None, query: Tensor) -> PackedBatch:
     if mask is None:
         return PackedBatch.dense(query.shape[0], query.shape[2], query.device)
     # transformers makes a tensor of its own of the mask in every call: nobody writes to it.
-    version = -1 if mask.is_inference() else mask._version
-    found = _batches.get(mask)
+    return _once(mask, lambda: PackedBatch.from_mask(mask, query.device))
+
+
+def _packed_of(bounds: Tensor, query: Tensor, what: str) -> PackedBatch:
+    shape = query.shape[0], query.shape[2]
+
+    def make() -> PackedBatch:
+        return PackedBatch.from_lengths(lengths_of(bounds, shape, what), query.device)
+
+    if bounds.is_inference():  # may be written to without a trace
+        return make()
+    batch = _once(bounds, make)
+    return batch if shape == (1, batch.num_tokens) else make()  # which says what is wrong
+
+
+def _once(given: Tensor, make: Callable[[], PackedBatch]) -> PackedBatch:
+    """What was made of a tensor, as long as nobody has written to it."""
+    version = -1 if given.is_inference() else given._version
+    found = _batches.get(given)
     if found is None or found[0] != version:
-        found = _batches[mask] = (version, PackedBatch.from_mask(mask, query.device))
+        found = _batches[given] = (version, make())
     return found[1]
