@@ -232,7 +232,7 @@ def _in_memory(pointer, hints: dict) -> str | None:
 def _load(tritons: Callable) -> Callable:
     def operation(pointer, mask=None, other=None, **hints):
         name = _in_memory(pointer, hints)
-        filled = mask is not None and type(other) in (int, float)
+        filled = mask is not None and type(other) in (int, float) and not is_negative_zero(other)
         if name is None or not (
             other is None
             or (filled and (other == 0 or (name in _NUMBERS and _is_number(other, name))))

@@ -26,6 +26,7 @@ TRITONS = TritonSemantic(interpreter.interpreter_builder)
 DTYPES = (tl.int1, tl.int8, tl.int32, tl.uint32, tl.int64, tl.float16, tl.bfloat16, tl.float32,
           tl.float64, tl.pointer_type(tl.float32))  # fmt: skip
 SHAPES = ((), (1,), (4,), (1, 4), (4, 1), (2, 4), (2, 8))
+FILLS = (0, 0.0, -0.0, 1, 0.5, -1, float("-inf"))
 NUMBERS = (0, 1, -1, True, 2**31 - 1, 2**31, -(2**31) - 1, 2**40, 2**63, 2**70, 0.5, -0.0, 1e-42,
            1e300, float("inf"))  # fmt: skip
 
@@ -277,7 +278,7 @@ def test_memory_that_goes_to_numpy_is_read_and_written_as_triton_does(dtype):
         handle = interpreter.TensorHandle(addresses, pointers)
         pointer = tl.tensor(handle, tl.block_type(pointers, list(shape)) if shape else pointers)
         for mask in (None, special(tl.int1, masks)):
-            for other in (None, 0, 0.0, 1, 0.5, -1, float("-inf"), special(tl.float32, shape)):
+            for other in (None, *FILLS, special(tl.float32, shape)):
                 cases += 1
                 args = pointer, mask, other
                 assert outcome_of(read, *args) == outcome_of(tritons_read, *args), args

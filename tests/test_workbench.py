@@ -14,7 +14,7 @@ from forked import COMMAND, context, forked
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
-from compiled import RECORD, compiler
+import triton
 from fastbert.benchmarks.tracing import summarise
 
 from fastbert import ops
@@ -209,8 +209,9 @@ def test_inspect_shows_prints_and_writes(tmp_path):
     texts, row = fastbert(*args, "--ptx", "--ttgir", "--json").stdout.rsplit("\n", 2)[:2]
     row = json.loads(row)
     assert row["wgmma"] > 0 and row["registers"] > 32 and row["faults"] == []
-    if RECORD.read_text("utf-8").partition("\n")[0] == compiler():
-        assert row["instructions_per_element"] <= 9.2, "more than kernels/README.md says"
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    most = 9.2 if version < (3, 9) else 9.5  # as compiled by 3.6 and 3.7, and by 3.9
+    assert row["instructions_per_element"] <= most, "more than kernels/README.md says"
     assert ".version" in texts and "ttg.local_alloc" in texts
     code = fastbert(*args, "--sass").stdout
     assert "HGMMA" in code and not hazards(code)
