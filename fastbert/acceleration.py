@@ -124,13 +124,14 @@ def accelerate(
             takes a moment, and the graphs hold memory for the largest one. No effect elsewhere.
         frozen: the promise that weights stay as they are, for inference. On a CPU in fp32 and bf16
             the layers then run from copies of their weights in oneDNN's own layout (in fp32 MiniLM
-            43 MB, BERT base 340 MB), made at the first call. Weights that change all the same (by
-            ``load_state_dict``, an optimizer, in place, ``.to()``) are copied again; a change that
-            torch does not count, through ``.data`` or a numpy view, needs ``handle.refresh()``.
-            Training and calls with gradients run as ever. No effect elsewhere. ``"int8"``, for
-            models in fp32, quantises the copies to a quarter of that memory, and rows as they come,
-            each by itself: faster where products are most of the time, and not the same result
-            (`docs/accuracy.md` has what it does to a search). Pre-norm layers stay in fp32.
+            43 MB, BERT base 340 MB), made at the first call; and glibc then keeps up to 64 MB that
+            are freed for the next call. Weights that change all the same (by ``load_state_dict``,
+            an optimizer, in place, ``.to()``) are copied again; a change that torch does not count,
+            through ``.data`` or a numpy view, needs ``handle.refresh()``. Training and calls with
+            gradients run as ever. No effect elsewhere. ``"int8"``, for models in fp32, quantises
+            the copies to a quarter of that memory, and rows as they come, each by itself: faster
+            where products are most of the time, and not the same result (`docs/accuracy.md` has
+            what it does to a search).
 
     Returns:
         An `Acceleration`: ``handle.undo()`` or ``with fastbert.accelerate(model): ...`` for the

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastbert import packing
 from fastbert.packing import PackedBatch, PaddedBatch, pack, unpack
 
 # name -> mask. Right and left padding, holes, full and empty rows, one token.
@@ -17,6 +18,14 @@ MASKS = {
 }
 
 
+@pytest.fixture(params=["Python counts", "torch counts"])
+def counting(request, monkeypatch):
+    """Masks of few numbers on a CPU and all others are counted in two ways."""
+    if request.param == "torch counts":
+        monkeypatch.setattr(packing, "_FEW", 0)
+
+
+@pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.float32])
 @pytest.mark.parametrize("name", MASKS)
 def test_pack_keeps_real_tokens_in_order_and_unpack_puts_them_back(name, dtype):
@@ -46,6 +55,14 @@ def test_columns_are_the_padded_positions():
     assert PackedBatch.dense(2, 3, "cpu").columns().tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.usefixtures("counting")
+def test_whatever_is_not_zero_is_a_token():
+    mask = torch.tensor([[-0.0, float("nan"), -1.0, 0.5], [0.0, 0.0, 0.0, 1e-30]])
+    batch = PackedBatch.from_mask(mask)
+    assert batch.lengths == (3, 1) and batch.indices.tolist() == [1, 2, 3, 7]
+
+
+@pytest.mark.usefixtures("counting")
 def test_first_rows_are_cls_and_zeros_for_an_empty_sequence():
     mask = torch.tensor(MASKS["one row empty"])
     rows, batch = pack(torch.arange(1.0, 10.0).view(3, 3), mask)
@@ -76,6 +93,7 @@ def test_runs_join_equal_neighbours():
 
 def test_from_mask_reads_the_host_once(monkeypatch):
     """``tolist`` waits for a device once; ``nonzero`` and ``item`` would wait too."""
+    monkeypatch.setattr(packing, "_FEW", 0)  # as on a GPU
     calls = []
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (calls.append("tolist"), original(t))[1])

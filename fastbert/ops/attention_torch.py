@@ -14,11 +14,14 @@ from .gradient import wants_gradient
 
 __all__ = ["padded_in_torch", "takes_products", "varlen_in_torch"]
 
-# Tokens of one sequence up to which two products and a softmax in between are faster than SDPA in
-# fp32: 0.54 to 0.80 of its time on two EPYC cores with AVX2, 0.36 to 0.56 with a bias, on one core
-# 0.82 to 1.04 and 0.38 to 0.63 (12 heads of 32 and 64, 16 of 64). Beyond it, and for sequences of
-# one length together, they are not. With AVX-512 they were 0.68 to 1.3 times as fast.
-_PRODUCTS_UP_TO = 128 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 0
+# Tokens of a sequence up to which two products and a softmax in between are faster than SDPA in
+# fp32. With a bias on two EPYC cores with AVX-512 0.4 to 0.9 of its time, with AVX2 0.4 to 0.6, on
+# one core and for sequences of one length together as well (12 heads of 32 and 64; a whole MPNet of
+# MiniLM's size takes 0.53 to 0.98). Without one where a sequence is alone in its length: ragged
+# batches of MiniLM take 0.96 of their time so, those of base 1.00, and batches of one length 0.99
+# to 1.06.
+_BIASED_UP_TO = 512
+_ALONE_UP_TO = 128
 
 
 def _sdpa(
@@ -61,8 +64,8 @@ def varlen_in_torch(
     One copy in the gradient too: that of a slice would be all rows for every run.
 
     Args:
-        by_products: a run of one may be two products and a softmax, in inference; its bits are then
-            not those that the sequence has beside another one of its length.
+        by_products: sequences may be two products and a softmax (`takes_products`), in inference.
+            Without a bias their bits are then not those beside another one of their length.
     """
     if keys is not batch and keys.lengths != batch.lengths:
         return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
@@ -70,8 +73,9 @@ def varlen_in_torch(
     runs = batch.runs()
     rows = (t.split([count * length for count, length in runs]) for t in (q, k, v))
     for (count, length), *run in zip(runs, *rows, strict=True):
-        if by_products and takes_products(q, count, length):
-            parts.append(_sequence_by_products(*run, scale, bias))
+        if by_products and takes_products(q, count, length, bias):
+            each = zip(*(t.split(length) for t in run), strict=True)
+            parts += [_sequence_by_products(*one, scale, bias) for one in each]
             continue
         run = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)
         mask = None if bias is None else bias[:, :length, :length]
@@ -82,10 +86,10 @@ def varlen_in_torch(
     return torch.cat(parts) if parts else q.new_zeros(q.shape)
 
 
-def takes_products(q: Tensor, count: int, length: int) -> bool:
-    """Whether so many neighbours of one length are one that `varlen_in_torch` may compute by
-    products."""
-    return count == 1 and 0 < length <= _PRODUCTS_UP_TO and q.dtype == torch.float32
+def takes_products(q: Tensor, count: int, length: int, bias: Tensor | None) -> bool:
+    """Whether `varlen_in_torch` may compute so many neighbours of one length by products."""
+    up_to = _BIASED_UP_TO if bias is not None else _ALONE_UP_TO if count == 1 else 0
+    return 0 < length <= up_to and q.dtype == torch.float32
 
 
 def _sequence_by_products(
