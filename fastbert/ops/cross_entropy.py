@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import resolve
 from .gradient import wants_gradient
-from .linear import check_decoder, linear
+from .linear import check_decoder, linear, weight_gradient
 from .registry import define
 
 __all__ = ["at_least_one", "labelled_rows", "linear_cross_entropy", "summed_cross_entropy"]
@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x:
                 dx[start : start + CHUNK] = g @ chunks.weight
             if need_weight:
-                part = g.t() @ rows
+                part = weight_gradient(g, rows)
                 # In one chunk the product's own sums do; several are added up in fp32.
                 if dweight is None:
                     dweight = part if x.shape[0] <= CHUNK else part.to(wide)

@@ -35,6 +35,7 @@ __all__ = [
     "plain_on_cpu",
     "route",
     "rows_on_onednn",
+    "weight_gradient",
 ]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -342,9 +343,21 @@ class _OneDnnLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             grad @ weight if need_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad.T @ x``, ``[T, out]`` and ``[T, in]``: the gradient of the weight in ``x @ weight.T``.
+
+    That of the rows stays with torch's product, which rounds less: it goes on through the layers.
+    """
+    again = torch.is_grad_enabled()  # a second derivative is wanted, which oneDNN's has not
+    large = grad.numel() * x.shape[1] >= onednn.WEIGHT_GRADIENT_FROM
+    if large and not again and plain_on_cpu(grad) and rows_on_onednn(x):
+        return onednn.multiply(grad.t(), x)
+    return grad.t() @ x
 
 
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
