@@ -320,6 +320,17 @@ def test_gradients_of_large_weights_are_as_exact(name, shape, on_torch, monkeypa
         assert_matches(gradient, lambda *t, i=i: _gradients(theirs, t)[i], tensors, f"gradient {i}")
 
 
+def test_the_gradient_of_a_large_weight_has_a_derivative(on_torch, monkeypatch):
+    monkeypatch.setattr(onednn, "WEIGHT_GRADIENT_FROM", 0)
+    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+
+    def second(function):
+        (first,) = torch.autograd.grad(function(x, weight).pow(2).sum(), weight, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), (x, weight))
+
+    torch.testing.assert_close(second(ops.linear), second(F.linear), rtol=1e-4, atol=1e-2)
+
+
 def test_autocast_decides_the_dtype(on_torch):
     x, weight = torch.randn(4, 32), torch.randn(16, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
