@@ -45,6 +45,7 @@ def attention_ref(
     scale: float | None = None,
     kept: Tensor | None = None,
     operands: torch.dtype | None = None,
+    late_sum: bool = False,
 ) -> Tensor:
     """``(softmax(q @ k.T * scale + bias) * kept) @ v``; q ``[B, H, Sq, D]``, k and v
     ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``.
@@ -52,7 +53,8 @@ def attention_ref(
     operands: compute as fused kernels do, torch's own among them: backward makes the weights again
     from their log-sum-exp and has the result instead of a sum over weights; the weights, their
     gradient and that result are rounded to this dtype, for the matrix units. In fp64, which is
-    the truth, nothing of it happens.
+    the truth, nothing of it happens. ``late_sum``: forward rounds weights before their sum divides
+    them, as flash attention does, and not behind it, as math attention does.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
@@ -63,7 +65,7 @@ def attention_ref(
     if operands is not None and q.dtype != torch.float64:
         kept = None if kept is None else kept.to(scores)
         scores = _RoundGradient.apply(scores * scale, operands)
-        return _WeighRounded.apply(scores, mask, v, kept, operands)
+        return _WeighRounded.apply(scores, mask, v, kept, operands, late_sum)
     p = softmax_ref(scores, mask, scale)
     return (p if kept is None else p * kept.to(p)) @ v
 
@@ -87,10 +89,13 @@ class _WeighRounded(torch.autograd.Function):
     """``(softmax(scores + mask) * kept) @ v`` with 16-bit operands, and backward by delta."""
 
     @staticmethod
-    def forward(ctx, scores, mask, v, kept, operands):
-        p = softmax_ref(scores, mask)
-        weights = _rounded(p if kept is None else p * kept, operands)
-        out = weights @ v
+    def forward(ctx, scores, mask, v, kept, operands, late_sum):
+        weights, largest = softmax_ref(scores, mask), 1.0
+        if late_sum and scores.shape[-1]:
+            largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            weights = weights / largest
+        weights = _rounded(weights if kept is None else weights * kept, operands)
+        out = (weights @ v) * largest
         if mask is not None:
             masked = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -math.inf) if masked else scores + mask
@@ -108,7 +113,7 @@ class _WeighRounded(torch.autograd.Function):
         dp = dp if kept is None else dp * kept
         ds = p * (dp - (gradient * out).sum(-1, keepdim=True))
         dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[1] else None
-        return ds, dmask, weights.transpose(-1, -2) @ gradient, None, None
+        return ds, dmask, weights.transpose(-1, -2) @ gradient, None, None, None
 
 
 def attention_varlen_ref(
@@ -121,6 +126,7 @@ def attention_varlen_ref(
     kept: Tensor | None = None,
     operands: torch.dtype | None = None,
     bias: Tensor | None = None,
+    late_sum: bool = False,
 ) -> Tensor:
     """`attention_ref` for each sequence on its own; q ``[Tq, H, D]``, k and v ``[Tk, H, D]``, kept
     ``[B, H, longest Sq, longest Sk]``, bias ``[H, longest Sq, longest Sk]``."""
@@ -131,7 +137,9 @@ def attention_varlen_ref(
         factors = None if kept is None else kept[i : i + 1][places]
         added = None if bias is None else bias[None][places]
         one = (t.transpose(0, 1)[None] for t in qkv)
-        part = attention_ref(*one, bias=added, scale=scale, kept=factors, operands=operands)
+        part = attention_ref(
+            *one, bias=added, scale=scale, kept=factors, operands=operands, late_sum=late_sum
+        )
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
 

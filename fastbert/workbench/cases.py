@@ -35,12 +35,14 @@ class Result(NamedTuple):
         arguments: of the specification.
         inside: the dtype that the kernel computes in before it rounds once, None where it stores
             16-bit values on the way, as torch does.
+        others: other ways in which torch computes the same.
     """
 
     actual: Tensor | Sequence[Tensor]
     specification: Callable[..., Tensor | Sequence[Tensor]]
     arguments: Sequence[Any]
     inside: torch.dtype | None = torch.float32
+    others: Sequence[Callable[..., Tensor | Sequence[Tensor]]] = ()
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ def _draw_attention_bwd(generator: random.Random, dtype: str) -> Case:
 
 def _attention_case(
     case: Case, device: str, dropout_p: float = 0.0
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
-    """The op, its specification, and the tensors both take: q, k, v and perhaps a bias."""
+) -> tuple[Callable[..., Tensor], list[Callable[..., Tensor]], list[Tensor]]:
+    """The op, its specification as math and as flash attention, and the tensors that all take: q,
+    k, v and perhaps a bias."""
     from ..kernels._dropout import scores_kept
 
     lengths, h, d = case["lengths"], case["heads"], case["head_size"]
@@ -143,9 +146,12 @@ def _attention_case(
         batch = PackedBatch.from_lengths(lengths, device=device)
         return (
             lambda q, k, v, bias=None: ops.attention_varlen(q, k, v, batch, bias=bias, **drop),
-            lambda q, k, v, bias=None: reference.attention_varlen_ref(
-                q, k, v, lengths, lengths, bias=bias, **options
-            ),
+            [
+                lambda q, k, v, bias=None, late=late: reference.attention_varlen_ref(
+                    q, k, v, lengths, lengths, bias=bias, late_sum=late, **options
+                )
+                for late in (False, True)
+            ],
             [q, k, v, *bias],
         )
     tensors = [_random((b, h, longest, d), case, device, s) for s in (1, 1, values)]
@@ -154,21 +160,27 @@ def _attention_case(
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(device)
     return (
         lambda q, k, v, bias=None: ops.attention(q, k, v, key_mask=mask, bias=bias, **drop),
-        lambda q, k, v, bias=None: reference.attention_ref(q, k, v, mask, bias, **options),
+        [
+            lambda q, k, v, bias=None, late=late: reference.attention_ref(
+                q, k, v, mask, bias, late_sum=late, **options
+            )
+            for late in (False, True)
+        ],
         [*tensors, *bias],
     )
 
 
 def _attention(case: Case, device: str) -> dict[str, Result]:
-    run, specification, tensors = _attention_case(case, device)
-    return {"attention": Result(run(*tensors), specification, tensors)}
+    run, (specification, other), tensors = _attention_case(case, device)
+    return {"attention": Result(run(*tensors), specification, tensors, others=[other])}
 
 
 def _attention_bwd(case: Case, device: str) -> dict[str, Result]:
-    run, specification, tensors = _attention_case(case, device, case["dropout"] / 100)
+    run, specified, tensors = _attention_case(case, device, case["dropout"] / 100)
     tensors = [_upstream(tensors[0].shape, case, device), *tensors]
     actual = with_gradients(run)(*tensors)
-    return {"attention_bwd": Result(actual, with_gradients(specification), tensors)}
+    specification, other = map(with_gradients, specified)
+    return {"attention_bwd": Result(actual, specification, tensors, others=[other])}
 
 
 # ---- rows ----

@@ -45,7 +45,12 @@ def run_case(kernel: str, case: Case, device: str) -> None:
         results = FUZZERS[kernel].run(case, device)
     for name, result in results.items():
         assert_matches(
-            result.actual, result.specification, result.arguments, name, inside=result.inside
+            result.actual,
+            result.specification,
+            result.arguments,
+            name,
+            inside=result.inside,
+            others=result.others,
         )
 
 
