@@ -37,9 +37,9 @@ _GELU_ = torch.ops.aten.gelu_.default
 # Multiplications from which the gradient of a weight is oneDNN's. On two EPYC cores with AVX-512
 # it takes 0.5 to 0.7 of the time of torch's BLAS, and a training step of a MiniLM 0.92; of smaller
 # ones too little is gained for a primitive for every number of rows. With AVX2 the step takes 0.99
-# to 1.01. The gradient of the rows would gain as much, and err 1.4 times as far as torch's over
-# six layers, at places more than twice.
-WEIGHT_GRADIENT_FROM = math.inf if torch.backends.cpu.get_cpu_capability() == "AVX2" else 2**22
+# to 1.01, and on others it was not tried. The gradient of the rows would gain as much, and err 1.4
+# times as far as torch's over six layers, at places more than twice.
+WEIGHT_GRADIENT_FROM = 2**22 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf
 
 # Looked up once, and called by overload: either takes as long as a small product.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
