@@ -3,31 +3,23 @@
 import copy
 import gc
 import logging
-import math
 import pickle
 import platform
 import threading
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from forked import forked
-from test_families import pair_of
 from test_plan import CHANGES
 from tiny import pair, tiny_config
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
 from fastbert.encoder import bucket_of
-from fastbert.families import registry
 from fastbert.frozen import Frozen
-from fastbert.ops import attention_torch, onednn
-from fastbert.ops.reference import attention_varlen_ref
-from fastbert.packing import PackedBatch
-from fastbert.testing import assert_matches, assert_within_budget
+from fastbert.ops import onednn
+from fastbert.testing import assert_within_budget
 
 pytestmark = [
     pytest.mark.usefixtures("on_torch"),
@@ -66,65 +58,6 @@ def of_layers(model, inputs=None):
         return hidden(model, inputs)
     finally:
         model.frozen = kept
-
-
-@pytest.mark.parametrize("rows", [9, 64, 65, 300])
-@pytest.mark.parametrize("apart_from", [65, math.inf], ids=["apart", "fused"])
-def test_a_gelu_is_as_exact_in_the_product_as_behind_it(monkeypatch, apart_from, rows):
-    monkeypatch.setattr(onednn, "_GELU_APART_FROM", apart_from)
-    behind = []
-    monkeypatch.setattr(onednn, "_GELU_", lambda total: behind.append(len(total)) or F.gelu(total))
-    x, weight, bias = torch.randn(rows, 48), torch.randn(80, 48), torch.randn(80)
-    for form in (weight, onednn.packed(weight)):
-        found = onednn.product(x, form, bias, "gelu")
-        assert_matches(found, lambda *parts: F.gelu(F.linear(*parts)), (x, weight, bias), "gelu")
-    assert behind == [rows] * (2 * (rows >= apart_from))
-
-
-@pytest.mark.parametrize("products", [True, False], ids=["products", "SDPA"])
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-def test_sequences_are_as_exact_by_products(monkeypatch, biased, products):
-    lengths = [7, 1, 128, 129, 4, 4, 0, 33, 513]
-    batch = PackedBatch.from_lengths(lengths)
-    q, k, v = torch.randn(sum(lengths), 3, 2, 16).unbind(1)
-    bias = torch.randn(2, 513, 513) if biased else None
-    if not products:
-        monkeypatch.setattr(attention_torch, "takes_products", lambda *a: False)
-    multiply, taken = torch.baddbmm, []
-    monkeypatch.setattr(torch, "baddbmm", lambda scores, *a, **k: (
-        taken.append(scores.shape[1]) or multiply(scores, *a, **k)))  # fmt: skip
-    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "by_products": True}
-    found = attention_torch.varlen_in_torch(q, k, v, batch, batch, bias=bias, **options)
-    by_products = [7, 1, 128, 129, 4, 4, 33] if biased else [7, 1, 128, 33]
-    assert taken == (by_products if products else [])
-    monkeypatch.undo()
-
-    def specification(q, k, v, bias):
-        return attention_varlen_ref(q, k, v, lengths, lengths, 0.3, bias=bias)
-
-    assert_matches(found, specification, (q, k, v, bias), "attention")
-
-
-@pytest.mark.parametrize(
-    ("family", "lengths", "expected"),
-    [("bert", [9, 4, 4, 7], [9, 7]), ("bert", [9], []), ("mpnet", [9, 4, 4, 7], [9, 4, 4, 7]),
-     ("mpnet", [9], [9]), ("mpnet", [9, 9], [9, 9])],
-)  # fmt: skip
-def test_layers_attend_by_products_where_that_is_a_gain(family, lengths, expected, monkeypatch):
-    run, alone = attention_torch._sequence_by_products, []
-    monkeypatch.setattr(attention_torch, "_sequence_by_products", lambda q, *rest: (
-        alone.append(len(q)) or run(q, *rest)))  # fmt: skip
-    if family == "bert":
-        theirs, ours = pair("BertModel")
-    else:
-        theirs, ours = pair_of(family, registry.load(family).model.__name__)
-    ours.frozen = Frozen()
-    inputs = batch_of(lengths)
-    found = hidden(ours, inputs)
-    assert alone == expected * 2
-    real = inputs["attention_mask"].bool()
-    exact = hidden(copy.deepcopy(theirs).double(), inputs)[real]
-    assert_within_budget(found[real], exact, hidden(theirs, inputs)[real], family)
 
 
 @pytest.mark.parametrize("dtype", onednn.DTYPES, ids=str)
@@ -391,50 +324,6 @@ def test_without_the_operators_layers_run_as_they_do(monkeypatch):
     monkeypatch.setitem(onednn._known, torch.float32, False)
     model.frozen.forget()
     assert torch.allclose(hidden(model), expected, atol=1e-4) and not copied(model)
-
-
-def test_operators_that_compute_something_else_are_found_out(monkeypatch):
-    for name, wrong in (
-        ("product", lambda x, weight, bias, activation: x @ weight.t()),
-        ("packed", lambda weight: 1 / 0),
-        ("product_add", None),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(onednn, "_known", {})
-            patch.setattr(onednn, name, wrong)
-            if name == "packed":
-                with pytest.raises(ZeroDivisionError):  # of our own making: not swallowed
-                    onednn.available()
-            else:
-                assert not onednn.available()
-    assert onednn.available()
-
-
-@pytest.mark.parametrize("surroundings", ["autocast", "fp64", "meta", "flops"])
-def test_operators_are_tried_the_same_whatever_surrounds_the_first_call(surroundings, monkeypatch):
-    """The trial is part of somebody's first call, and of nothing that he has set up around it."""
-    monkeypatch.setattr(onednn, "_known", {})
-    weight, x = torch.randn(16, 32), torch.randn(5, 32)
-    expected = torch.nn.functional.linear(x, weight)
-    if surroundings == "fp64":
-        torch.set_default_dtype(torch.float64)
-    around = {
-        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-        "fp64": nullcontext,
-        "meta": lambda: torch.device("meta"),
-        "flops": lambda: FlopCounterMode(display=False),
-    }[surroundings]
-    try:
-        with around() as watching, torch.no_grad():
-            found = fastbert.ops.linear(x, weight)
-            if surroundings == "autocast":
-                fastbert.BertModel(tiny_config()).eval()(torch.tensor([[1, 2, 3]]))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.allclose(found.float(), expected, atol=1e-4 if surroundings != "autocast" else 0.1)
-    if surroundings == "flops":
-        assert watching.get_total_flops() == 2 * 5 * 16 * 32
-    assert onednn.available()
 
 
 def test_copies_belong_to_one_model_and_go_with_it():

@@ -289,48 +289,6 @@ def test_cpu_products_use_onednn_and_stay_exact(on_torch, monkeypatch):
     assert ops.linear(x[0], weight, bias).shape == (48,)
 
 
-def _gradients(function, tensors):
-    tensors = [t.detach().requires_grad_() for t in tensors]
-    return torch.autograd.grad(function(*tensors).pow(2).sum(), tensors)
-
-
-@pytest.mark.skipif(not onednn.available(), reason="needs torch's operators of oneDNN")
-@pytest.mark.parametrize("shape", [(33,), (3, 11), (1,)], ids=str)
-@pytest.mark.parametrize("name", ["linear", "cross entropy"])
-def test_gradients_of_large_weights_are_as_exact(name, shape, on_torch, monkeypatch):
-    """They are oneDNN's; here all are large."""
-    monkeypatch.setattr(onednn, "WEIGHT_GRADIENT_FROM", 0)
-    multiply, taken = onednn.multiply, []
-    monkeypatch.setattr(onednn, "multiply", lambda *ab: taken.append(ab) or multiply(*ab))
-    tensors = torch.randn(*shape, 64), torch.randn(48, 64), torch.randn(48)
-    labels = torch.randint(48, shape).flatten()
-
-    def ours(x, weight, bias):
-        if name == "linear":
-            return ops.linear(x, weight, bias)
-        return ops.linear_cross_entropy(x.flatten(0, -2), weight, bias, labels)
-
-    def theirs(x, weight, bias):
-        logits = F.linear(x, weight, bias)
-        return logits if name == "linear" else F.cross_entropy(logits.flatten(0, -2), labels)
-
-    actual = _gradients(ours, tensors)
-    assert len(taken) == 1 and all(g.shape == t.shape for g, t in zip(actual, tensors, strict=True))
-    for i, gradient in enumerate(actual):
-        assert_matches(gradient, lambda *t, i=i: _gradients(theirs, t)[i], tensors, f"gradient {i}")
-
-
-def test_the_gradient_of_a_large_weight_has_a_derivative(on_torch, monkeypatch):
-    monkeypatch.setattr(onednn, "WEIGHT_GRADIENT_FROM", 0)
-    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
-
-    def second(function):
-        (first,) = torch.autograd.grad(function(x, weight).pow(2).sum(), weight, create_graph=True)
-        return torch.autograd.grad(first.pow(2).sum(), (x, weight))
-
-    torch.testing.assert_close(second(ops.linear), second(F.linear), rtol=1e-4, atol=1e-2)
-
-
 def test_autocast_decides_the_dtype(on_torch):
     x, weight = torch.randn(4, 32), torch.randn(16, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
