@@ -4,6 +4,7 @@ A server that has imported it forks them, in a fraction of a second; an interpre
 takes many. They run as users have them: without Triton's interpreter, and with Ctrl-C.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -106,4 +107,7 @@ def _run(program: str, arguments: list[str], variables: dict[str, str], folder: 
     sys.stdin, sys.stdout, sys.stderr = (open(n, m) for n, m in enumerate("rww"))  # noqa: SIM115
     os.environ.update(variables)
     sys.argv = ["-c", *arguments]
-    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without, folders stay behind

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import copy_checkout
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -24,20 +25,8 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    return tmp_path
-
-
-def test_the_guide_leads_to_a_kernel_that_is_right_screened_and_measured(checkout):
+def test_the_guide_leads_to_a_kernel_that_is_right_screened_and_measured(tmp_path):
+    checkout = copy_checkout(tmp_path)
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## A kernel in one")[2]
     ours = ("TRITON_INTERPRET", "PYTEST_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}

@@ -11,9 +11,9 @@ import venv
 from pathlib import Path
 
 import pytest
+from checkout import copy_checkout
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 MODES = ("wheel", "editable", "editable compat", "editable strict", "not installed")
 PROGRAM = """
 import fastbert, fastbert.kernels._tiles as tiles
@@ -72,14 +72,8 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the tracked files, so that builds leave nothing in the checkout."""
-    copy = tmp_path_factory.mktemp("source")
-    names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-    return copy
+    """A copy, so that builds leave nothing in the checkout."""
+    return copy_checkout(tmp_path_factory.mktemp("source"))
 
 
 def environment_in(folder: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import copy_checkout
 from fakes import FakeClock
 from forked import COMMAND, context, forked
 from typer.testing import CliRunner
@@ -242,13 +243,7 @@ def test_diff_shows_what_a_tile_and_a_commit_change(tmp_path):
     assert "tile: num_warps" in done.stdout and "registers" in done.stdout
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-    for path in subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split():  # fmt: skip
-        if (ROOT / path).is_file():
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path).write_bytes((ROOT / path).read_bytes())
+    copy_checkout(copy)
     git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
