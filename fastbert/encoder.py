@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .ops import onednn
 from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
-from .ops.attention_torch import takes_products, varlen_in_torch
+from .ops.attention_torch import by_products, takes_products, varlen_in_torch
 from .ops.backend import resolve
 from .ops.dropout import dropout_seeds
 from .ops.gradient import wants_gradient
@@ -224,7 +224,13 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
     parts = [t[:count] if t.shape[0] > count else t for t in parts]
     (first, *others) = parts
     bias = None if batch.bias is None else batch.bias.to(first.dtype)
-    # A batch of one sequence gains nothing by products without a bias.
+    if len(lengths) == 1 and takes_products(first, 1, count, bias):
+        # As below, in a third of the calls: with few tokens they are most of it.
+        if others:
+            by_head = [t.view(count, -1, size).transpose(0, 1) for t in parts]
+        else:
+            by_head = first.view(count, 3, -1, size).permute(1, 2, 0, 3).unbind()
+        return by_products(*by_head, weights.scale, bias).transpose(0, 1).reshape(count, -1)
     ragged = len(set(lengths)) > 1
     if ragged or (bias is not None and takes_products(first, len(lengths), lengths[0], bias)):
         if others:
@@ -232,9 +238,8 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
         else:
             q, k, v = first.view(count, 3, -1, size).unbind(1)
         return varlen_in_torch(
-            q, k, v, batch, batch, weights.scale, 0.0, False, bias, by_products=True
+            q, k, v, batch, batch, weights.scale, 0.0, False, bias, products=True
         ).flatten(1)
-    # As there, in a third of the calls: with few tokens they are most of it.
     rows = len(lengths), lengths[0]
     if others:
         by_head = [t.view(*rows, -1, size).transpose(1, 2) for t in parts]

@@ -210,7 +210,9 @@ def test_embed_gradients_match_fp64(width, dtype, device):
     weight, bias = torch.randn(2, width).to(device, dtype)
     ids = torch.randint(0, 12, (60,)).to(device)
     positions, types = torch.arange(60, device=device) % 23, torch.arange(60, device=device) % 2
-    for padding_idx in (None, 3):
+    for padding_idx in (None, 3, "defaults"):
+        if padding_idx == "defaults":
+            ids, positions, types, padding_idx = ids[:23], None, None, None
         run, reference = run_embed(ids, positions, types, padding_idx)
         grads = check_gradients(run, reference, (*tables, weight, bias), f"embed {width}")
         assert not grads[0][12:].any()
@@ -240,8 +242,9 @@ def test_embed_matches_reference(width, dtype, id_dtype, device):
     weight, bias = torch.randn(2, width).to(device, dtype)
     ids = [torch.randint(0, t.shape[0], (9,)).to(device, id_dtype) for t in tables]
     ids[0][:2] = torch.tensor([0, 22])
-    for last in ((ids[2], tables[2]), (None, None)):
-        args = (ids[0], ids[1], last[0], tables[0], tables[1], last[1], weight, bias)
+    for positions, *last in ((ids[1], ids[2], tables[2]), (ids[1], None, None),
+                             (None, None, tables[2]), (None, None, None)):  # fmt: skip
+        args = (ids[0], positions, last[0], tables[0], tables[1], last[1], weight, bias)
         actual = ops.embed(*args, eps=1e-12)
         check(actual, embed_ref, (*args, 1e-12), f"embed {width}")
 

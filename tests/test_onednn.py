@@ -40,22 +40,28 @@ def test_a_gelu_is_as_exact_in_the_product_as_behind_it(monkeypatch, apart_from,
     assert behind == [rows] * (2 * (rows >= apart_from))
 
 
+def multiplied(monkeypatch) -> list[int]:
+    """Lengths of the sequences that attend by products from now on."""
+    multiply, lengths = torch.baddbmm, []
+    monkeypatch.setattr(torch, "baddbmm", lambda scores, q, *rest, **options: (
+        lengths.append(q.shape[1]) or multiply(scores, q, *rest, **options)))  # fmt: skip
+    return lengths
+
+
 @pytest.mark.parametrize("products", [True, False], ids=["products", "SDPA"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 def test_sequences_are_as_exact_by_products(monkeypatch, biased, products):
-    lengths = [7, 1, 128, 129, 4, 4, 0, 33, 513]
+    lengths = [7, 1, 192, 193, 4, 4, 0, 33, 513]
     batch = PackedBatch.from_lengths(lengths)
     q, k, v = torch.randn(sum(lengths), 3, 2, 16).unbind(1)
     bias = torch.randn(2, 513, 513) if biased else None
     if not products:
         monkeypatch.setattr(attention_torch, "takes_products", lambda *a: False)
-    multiply, taken = torch.baddbmm, []
-    monkeypatch.setattr(torch, "baddbmm", lambda scores, *a, **k: (
-        taken.append(scores.shape[1]) or multiply(scores, *a, **k)))  # fmt: skip
-    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "by_products": True}
+    taken = multiplied(monkeypatch)
+    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "products": True}
     found = attention_torch.varlen_in_torch(q, k, v, batch, batch, bias=bias, **options)
-    by_products = [7, 1, 128, 129, 4, 4, 33] if biased else [7, 1, 128, 33]
-    assert taken == (by_products if products else [])
+    expected = [7, 1, 192, 193, 4, 4, 33] if biased else [7, 1, 192, 33]
+    assert taken == (expected if products else [])
     monkeypatch.undo()
 
     def specification(q, k, v, bias):
@@ -66,13 +72,12 @@ def test_sequences_are_as_exact_by_products(monkeypatch, biased, products):
 
 @pytest.mark.parametrize(
     ("family", "lengths", "expected"),
-    [("bert", [9, 4, 4, 7], [9, 7]), ("bert", [9], []), ("mpnet", [9, 4, 4, 7], [9, 4, 4, 7]),
-     ("mpnet", [9], [9]), ("mpnet", [9, 9], [9, 9])],
+    [("bert", [9, 4, 4, 7], [9, 7]), ("bert", [9], [9]), ("bert", [0, 9], [9]),
+     ("bert", [9, 9], []), ("mpnet", [9, 4, 4, 7], [9, 4, 4, 7]), ("mpnet", [9], [9]),
+     ("mpnet", [9, 9], [9, 9])],
 )  # fmt: skip
 def test_layers_attend_by_products_where_that_is_a_gain(family, lengths, expected, monkeypatch):
-    run, alone = attention_torch._sequence_by_products, []
-    monkeypatch.setattr(attention_torch, "_sequence_by_products", lambda q, *rest: (
-        alone.append(len(q)) or run(q, *rest)))  # fmt: skip
+    alone = multiplied(monkeypatch)
     if family == "bert":
         theirs, ours = pair("BertModel")
     else:

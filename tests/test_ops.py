@@ -341,9 +341,13 @@ BAD = {
             key_batch=PackedBatch.from_lengths([1, 2]),
         ), ValueError, "key_batch with 1 sequences",
     ),
-    "embed, together": (
-        lambda x: ops.embed(x[0].long(), x[0].long(), None, x, x, x, x[0], x[0], eps=0.0),
-        ValueError, "together",
+    "embed, no table": (
+        lambda x: ops.embed(*(x[0].long(),) * 3, x, x, None, x[0], x[0], eps=0.0),
+        ValueError, "a table token_type",
+    ),
+    "embed, too long": (
+        lambda x: ops.embed(torch.tensor([0] * 5), None, None, x, x, None, x[0], x[0], eps=0.0),
+        ValueError, "at most 3 tokens.*got 5",
     ),
     "embed, range": (
         lambda x: ops.embed(torch.tensor([3]), torch.tensor([0]), None, x, x, None, x[0], x[0],

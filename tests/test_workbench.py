@@ -110,6 +110,21 @@ def test_a_wrong_kernel_is_found_and_its_case_made_small(monkeypatch, device):
         fuzz.run_case("softmax", json.loads(json.dumps(found.case)), device)
     monkeypatch.undo()
     fuzz.run_case("softmax", found.case, device)
+    assert found.drawn["seed"] == found.case["seed"] and found.drawn["width"] > 21
+
+
+@pytest.mark.parametrize("kernel", list(fuzz.FUZZERS))
+def test_a_case_that_is_made_smaller_still_makes_sense(kernel, monkeypatch):
+    """Else another fault than the one that was found is what is shown in the end."""
+    fuzzer, tried = fuzz.FUZZERS[kernel], []
+    monkeypatch.setattr(fuzz, "_error", lambda _, case, device: tried.append(case) or "wrong")
+    for seed in range(30):
+        found = fuzz.check(kernel, cases=1, device="cpu", seed=seed)
+        assert fuzzer.makes_sense(found.drawn), found.drawn
+        assert fuzzer.makes_sense(found.case), found.case
+    if kernel == "attention_bwd":
+        assert all(1 not in case["lengths"] and any(case["lengths"]) for case in tried)
+        assert all(case["packed"] or 0 not in case["lengths"] for case in tried)
 
 
 # ---- tuning ----

@@ -108,6 +108,8 @@ def check(
         typer.echo(f"{kernel}: failed, the smallest case found after {found.cases_run} cases:")
         typer.echo(f"  {text}\n  {found.error}")
         typer.echo(f"  again: fastbert kernels check {kernel} --case '{text}'")
+        if found.drawn != found.case:
+            typer.echo(f"  made smaller from: {json.dumps(found.drawn)}")
     if failed:
         raise TaskError(f"{failed} kernels failed")
 

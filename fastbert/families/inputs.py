@@ -265,14 +265,15 @@ def _default_ids(
     """Positions and token types of who gave none, ``[1 or B, S]``.
 
     None where they are what transformers' buffers are made with: columns, and zeros. For one
-    sequence views of the buffers are as good, and nothing has to be made.
+    sequence on a GPU, where these would be launches, views of the buffers are as good.
     """
+    launching = alone and device.type != "cpu"
     stored, types = embeddings.position_ids, getattr(embeddings, "token_type_ids", None)
     types = None if sums.token_type is None else types
     positions = position_ids
     if positions is None and sums.counts_tokens:
         positions = _counted(embeddings.padding_idx, input_ids, length, device)
-    elif positions is None and alone and types is not None and stored.device == device:
+    elif positions is None and launching and types is not None and stored.device == device:
         return stored[:, :length], types[:, :length]
     elif positions is None and not _as_made(stored, torch.arange):
         positions = stored[:, :length].to(device)
@@ -307,22 +308,28 @@ def embed_rows(
         )
         token_type_ids = types if token_type_ids is None else token_type_ids
     words = None if inputs_embeds is not None else rows(input_ids)
-    positions = batch.columns(x.device) if position_ids is None else rows(position_ids)
+    positions = None if position_ids is None else rows(position_ids)
     word, position = getattr(embeddings, sums.word), getattr(embeddings, sums.position)
     kind = types = None
     if sums.token_type is not None:
         kind = getattr(embeddings, sums.token_type)
-        types = torch.zeros_like(positions) if token_type_ids is None else rows(token_type_ids)
+        types = None if token_type_ids is None else rows(token_type_ids)
     tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
     norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
     further = sums.further_sum(embeddings, arguments, rows, x.device)
-    if (
+    plain = (
         words is not None
         and further is None
         and isinstance(norm, tuple)
         and all(table is None or modules.is_plain_embedding(table) for table in tables.values())
         and (kind is None or kind.padding_idx is None)
-    ):
+    )
+    is_one = x.shape[0] == 1 and (isinstance(batch, PaddedBatch) or batch.indices is None)
+    if positions is None and not (plain and is_one):
+        positions = batch.columns(x.device)
+    if types is None and kind is not None and not plain:
+        types = torch.zeros_like(positions)
+    if plain:
         hidden = ops.embed(
             words, positions, types, word.weight, position.weight,
             None if kind is None else kind.weight, *norm[:2], eps=norm.eps,

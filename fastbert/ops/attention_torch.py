@@ -12,16 +12,17 @@ from ..packing import PackedBatch
 from .backend import watched
 from .gradient import wants_gradient
 
-__all__ = ["padded_in_torch", "takes_products", "varlen_in_torch"]
+__all__ = ["by_products", "padded_in_torch", "takes_products", "varlen_in_torch"]
 
 # Tokens of a sequence up to which two products and a softmax in between are faster than SDPA in
 # fp32. With a bias on two EPYC cores with AVX-512 0.4 to 0.9 of its time, with AVX2 0.4 to 0.6, on
 # one core and for sequences of one length together as well (12 heads of 32 and 64; a whole MPNet of
-# MiniLM's size takes 0.53 to 0.98). Without one where a sequence is alone in its length: ragged
-# batches of MiniLM take 0.96 of their time so, those of base 1.00, and batches of one length 0.99
-# to 1.06.
+# MiniLM's size takes 0.53 to 0.98). Without one where a sequence is alone in its length: 0.6 to
+# 0.85 on AVX-512, a whole MiniLM 0.95 to 0.98 and base 0.98 to 1.00 (AVX2: 0.97 to 1.00), of one
+# text or of a ragged batch. Batches of one length would take 0.99 to 1.06.
 _BIASED_UP_TO = 512
-_ALONE_UP_TO = 128
+_ALONE_UP_TO = 192
+_NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _sdpa(
@@ -57,14 +58,14 @@ def varlen_in_torch(
     dropout_p: float,
     unfused: bool,
     bias: Tensor | None = None,
-    by_products: bool = False,
+    products: bool = False,
 ) -> Tensor:
     """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end.
 
     One copy in the gradient too: that of a slice would be all rows for every run.
 
     Args:
-        by_products: sequences may be two products and a softmax (`takes_products`), in inference.
+        products: sequences may run `by_products` (inference), where `takes_products` says so.
             Without a bias their bits are then not those beside another one of their length.
     """
     if keys is not batch and keys.lengths != batch.lengths:
@@ -73,9 +74,9 @@ def varlen_in_torch(
     runs = batch.runs()
     rows = (t.split([count * length for count, length in runs]) for t in (q, k, v))
     for (count, length), *run in zip(runs, *rows, strict=True):
-        if by_products and takes_products(q, count, length, bias):
-            each = zip(*(t.split(length) for t in run), strict=True)
-            parts += [_sequence_by_products(*one, scale, bias) for one in each]
+        if products and takes_products(q, count, length, bias):
+            each = zip(*(t.transpose(0, 1).split(length, 1) for t in run), strict=True)
+            parts += [by_products(*one, scale, bias).transpose(0, 1) for one in each]
             continue
         run = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)
         mask = None if bias is None else bias[:, :length, :length]
@@ -87,23 +88,25 @@ def varlen_in_torch(
 
 
 def takes_products(q: Tensor, count: int, length: int, bias: Tensor | None) -> bool:
-    """Whether `varlen_in_torch` may compute so many neighbours of one length by products."""
+    """Whether so many neighbours of one length are faster `by_products`."""
     up_to = _BIASED_UP_TO if bias is not None else _ALONE_UP_TO if count == 1 else 0
     return 0 < length <= up_to and q.dtype == torch.float32
 
 
-def _sequence_by_products(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-) -> Tensor:
-    """Attention in one sequence, ``[S, H, D]`` each, in inference; a bias ``[H, S or more, ...]``
-    of finite numbers."""
-    length, heads, _ = q.shape
-    if bias is None:
-        scores, beta = q.new_zeros(()).expand(heads, length, length), 0  # which is not read then
-    else:
-        scores, beta = bias[:, :length, :length], 1
-    scores = torch.baddbmm(scores, q.transpose(0, 1), k.permute(1, 2, 0), beta=beta, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).transpose(0, 1)
+def by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Attention in one sequence as two products with a softmax in between, for inference on a CPU.
+
+    Args:
+        q, k, v: fp32 ``[H, S, D]``.
+        bias: ``[H, S or more, S or more]`` of finite numbers, or None.
+
+    Returns:
+        ``[H, S, D]``.
+    """
+    length = q.shape[1]
+    scores, beta = (_NOT_READ, 0) if bias is None else (bias[:, :length, :length], 1)
+    scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=beta, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v)
 
 
 def _cross_in_torch(

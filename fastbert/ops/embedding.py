@@ -108,7 +108,7 @@ class _Embed(torch.autograd.Function):
 
 def embed(
     token_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
@@ -123,8 +123,9 @@ def embed(
     """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``.
 
     Args:
-        token_ids, position_ids: int32 or int64 ``[T]``.
-        token_type_ids: the same, or None where ``token_type`` is None.
+        token_ids: int32 or int64 ``[T]``.
+        position_ids: the same, or None for 0 to ``T - 1``, where all are one sequence.
+        token_type_ids: the same, or None for zeros.
         word, position, token_type: the tables, ``[rows, E]``.
         weight, bias: ``[E]`` of the LayerNorm.
         eps: added to the variance.
@@ -136,33 +137,47 @@ def embed(
 
     Raises:
         TypeError: ids that are not integers.
-        ValueError: shapes or devices that do not fit; on a CPU also ids outside their table. On a
-            GPU a check would cost a synchronisation: there such an id gives a row of NaN.
+        ValueError: shapes or devices that do not fit, more tokens than positions, token types
+            without a table; on a CPU also ids outside their table. On a GPU a check would cost a
+            synchronisation: there such an id gives a row of NaN.
 
     Supported: fp32, fp16, bf16 (fp64 in torch), widths up to 8192 (any in torch), gradients (first
     order with the kernels), the same bits in every run.
     """
-    pairs = [("token_ids", token_ids, word), ("position_ids", position_ids, position)]
-    if (token_type_ids is None) != (token_type is None):
-        raise ValueError("embed: expected token_type_ids and token_type together or not at all")
-    if token_type_ids is not None:
-        pairs.append(("token_type_ids", token_type_ids, token_type))
-    for name, ids, table in pairs:
+    if token_type is None and token_type_ids is not None:
+        raise ValueError("embed: expected a table token_type for token_type_ids, got None")
+    if position_ids is None and token_ids.shape[0] > position.shape[0]:
+        raise ValueError(
+            f"embed: expected at most {position.shape[0]} tokens, the rows of the position table, "
+            f"got {token_ids.shape[0]}"
+        )
+    given = [
+        ("token_ids", token_ids, word), ("position_ids", position_ids, position),
+        ("token_type_ids", token_type_ids, token_type),
+    ]  # fmt: skip
+    for name, ids, table in given:
+        if table is not None and table.shape[1:] != weight.shape:
+            raise ValueError(
+                f"embed: expected tables [rows, {weight.shape[0]}], got {tuple(table.shape)}"
+            )
+        if ids is None:
+            continue
         if ids.shape != token_ids.shape or ids.dim() != 1:
             raise ValueError(f"embed: expected {name} [T], got {tuple(ids.shape)}")
         if ids.device != table.device:
             raise ValueError(
                 f"embed: expected {name} on {table.device}, where its table is, got {ids.device}"
             )
-        if table.shape[1:] != weight.shape:
-            raise ValueError(
-                f"embed: expected tables [rows, {weight.shape[0]}], got {tuple(table.shape)}"
-            )
         check_range(name, ids, table.shape[0])
+    in_torch = resolve(word.device, word.dtype) == "torch" or token_ids.numel() == 0
+    if position_ids is None and not (in_torch and position_padding_idx is None):
+        position_ids = torch.arange(len(token_ids), device=token_ids.device)
+    if token_type_ids is None and token_type is not None and not in_torch:
+        token_type_ids = torch.zeros_like(token_ids)
     args = (
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
     )  # fmt: skip
-    if resolve(word.device, word.dtype) == "torch" or token_ids.numel() == 0:
+    if in_torch:
         return embed_ref(*args, padding_idx, position_padding_idx)
     dtype = norm_dtype(word)
     if not wants_gradient(word, position, token_type, weight, bias):

@@ -166,7 +166,7 @@ def layer_norm_ref(
 
 def embed_ref(
     token_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
@@ -177,11 +177,17 @@ def embed_ref(
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
 ) -> Tensor:
-    """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``."""
+    """``LayerNorm(word[token_ids] + token_type[token_type_ids] + position[position_ids])``; None
+    are the first positions and the first token type."""
     x = F.embedding(token_ids, word, padding_idx)
-    if token_type is not None:
+    if token_type is not None and token_type_ids is None:
+        x = x + token_type[0]
+    elif token_type is not None:
         x = x + F.embedding(token_type_ids, token_type)
-    x = x + F.embedding(position_ids, position, position_padding_idx)
+    if position_ids is None:
+        x = x + position[: len(token_ids)]
+    else:
+        x = x + F.embedding(position_ids, position, position_padding_idx)
     return layer_norm_ref(x, weight, bias, eps)
 
 

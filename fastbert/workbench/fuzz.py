@@ -25,12 +25,13 @@ _TRIES = 300
 
 @dataclass(frozen=True)
 class Failure:
-    """The smallest case found that fails, and how."""
+    """The smallest case found that fails, and how; the one that it was made of, too."""
 
     kernel: str
     case: Case
     error: str
     cases_run: int
+    drawn: Case
 
 
 def run_case(kernel: str, case: Case, device: str) -> None:
@@ -93,9 +94,8 @@ def check(
         count += 1
         error = _error(kernel, case, device)
         if error is not None:
-            if shrink:
-                case, error = _shrink(kernel, case, error, device)
-            return Failure(kernel, case, error, count)
+            found = _shrink(kernel, case, error, device) if shrink else (case, error)
+            return Failure(kernel, *found, count, drawn=case)
     return count
 
 
@@ -135,7 +135,7 @@ def _shrink(kernel: str, case: Case, error: str, device: str) -> tuple[Case, str
     progress = True
     while progress:
         progress = False
-        for candidate in _smaller(kernel, case):
+        for candidate in filter(FUZZERS[kernel].makes_sense, _smaller(kernel, case)):
             tried += 1
             if tried > _TRIES:
                 return case, error
