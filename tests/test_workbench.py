@@ -79,6 +79,12 @@ LUCKY = [
         "values": 1, "strided": False, "key_mask": True, "bias": False, "dropout": 5,
         "dtype": "fp32", "seed": 992677671,
     }),
+    # A weight that is one has its score for log-sum-exp, and is off by what rounds that.
+    ("attention_bwd", {
+        "packed": True, "lengths": [2, 0, 2], "heads": 2, "head_size": 16, "magnitude": 3,
+        "values": 1, "strided": True, "key_mask": False, "bias": False, "dropout": 50,
+        "dtype": "fp32", "seed": 1607052865,
+    }),
 ]  # fmt: skip
 
 

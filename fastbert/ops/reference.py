@@ -51,10 +51,11 @@ def attention_ref(
     ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``.
 
     operands: compute as fused kernels do, torch's own among them: backward makes the weights again
-    from their log-sum-exp and has the result instead of a sum over weights; the weights, their
-    gradient and that result are rounded to this dtype, for the matrix units. In fp64, which is
-    the truth, nothing of it happens. ``late_sum``: forward rounds weights before their sum divides
-    them, as flash attention does, and not behind it, as math attention does.
+    from their log-sum-exp, which was kept in log2 units, and has the result instead of a sum over
+    weights; the weights, their gradient and that result are rounded to this dtype, for the matrix
+    units. In fp64, which is the truth, nothing of it happens. ``late_sum``: forward rounds weights
+    before their sum divides them, as flash attention does, and not behind it, as math attention
+    does.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
@@ -99,7 +100,7 @@ class _WeighRounded(torch.autograd.Function):
         if mask is not None:
             masked = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -math.inf) if masked else scores + mask
-        lse = torch.logsumexp(scores, -1, keepdim=True)
+        lse = torch.logsumexp(scores, -1, keepdim=True) / math.log(2)
         ctx.save_for_backward(scores, lse, v, kept, _rounded(out, operands))
         ctx.mask_shape, ctx.operands = None if mask is None else mask.shape, operands
         return out
@@ -107,7 +108,7 @@ class _WeighRounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         scores, lse, v, kept, out = ctx.saved_tensors
-        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf))
+        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf) * math.log(2))
         weights = _rounded(p if kept is None else p * kept, ctx.operands)
         dp = gradient @ v.transpose(-1, -2)
         dp = dp if kept is None else dp * kept
