@@ -250,7 +250,8 @@ def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeig
 
 
 def _normed(total: Tensor, norm: Norm) -> Tensor:
-    return F.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
+    # What F.layer_norm calls behind questions that are answered here.
+    return torch.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def encode_layer(

@@ -21,7 +21,10 @@ moved by at most one unit in its last place: other roundings of the same problem
 fp64 on the same neighbour. (Random perturbation as a measure of rounding error: Parker, Monte Carlo
 arithmetic, 1997.) It does so eight times at least, so that a row whose errors stand out is seen to,
 and until m is 16, where t is twice the quantile of the normal distribution. T is never less than
-torch's largest error so far, so it ends at once, with the same verdict, where that is enough.
+torch's largest error so far, so it ends at once, with the same verdict, where that is enough. A
+result that would fail is given 64 runs: s is of all rows that stand out, and what the one that
+stands out among these may be off by only many draws can say. (Of 20,000 right results a thousand
+rows long, row i with errors of i ** -0.5, 8 were refused after 16 runs and none after 64.)
 
 **Stored narrower than computed.** A kernel that computes in fp32 and rounds once to 16 bit is held
 to that: torch is then taken in fp32, and the result may be off by half a unit in its own last place
@@ -58,6 +61,7 @@ _ONE_IN = 1e9
 _DEVIATIONS = math.sqrt(2 * math.log(2 * _ONE_IN))
 _ENOUGH = 16  # degrees of freedom: ever more would at best halve the quantile
 _RUNS = 8  # at least: in a single one a row that stands out may happen not to
+_MOST_RUNS = 64  # for what would fail
 _FEWEST = 4  # below that the quantile is so large that nothing could fail
 _COARSE = 2.0**-16  # eps of a dtype whose rounding may hide a factor
 _STEP = 2.0**-10  # relative change of an argument's scale, for derivatives
@@ -147,28 +151,27 @@ def assert_matches(
     errors: list[list[Tensor]] = [[] for _ in exact]
     generator = torch.Generator().manual_seed(0)
     near, oracle = arguments, exact
-    for run in range(1, _ENOUGH + 1):
+    for run in range(1, _MOST_RUNS + 1):
         for by in (specification, *others):
             torchs = specified(near, inside, by)
             for found, result, one in zip(errors, torchs, oracle, strict=True):
                 found.append(_error(result, one))
         if _is_settled(results, specified, arguments, exact, errors, inside):
             return
-        if run >= _RUNS:
+        if run in (_RUNS, _ENOUGH, _MOST_RUNS):
             yardsticks = [
                 _Yardstick.of(e, found, inside or result.dtype)
                 for e, found, result in zip(exact, errors, torchs, strict=True)
             ]
-            if all(y.degrees >= _ENOUGH for y in yardsticks):
-                break
+            if run >= _ENOUGH or all(y.degrees >= _ENOUGH for y in yardsticks):
+                try:
+                    _judge_all(results, specified, arguments, exact, errors, yardsticks, name)
+                    return
+                except AssertionError:
+                    if run == _MOST_RUNS:
+                        raise
         near = _neighbours(arguments, generator)
         oracle = specified(near, torch.float64)
-    for i, (result, one, yardstick) in enumerate(zip(results, exact, yardsticks, strict=True)):
-        label = name if len(results) == 1 else f"{name}, result {i}"
-        _judge(result, one, yardstick, label, _FACTOR)
-    hidden = [i for i, y in enumerate(yardsticks) if y.hides_a_factor(results[i].dtype, exact[i])]
-    if hidden:
-        _judge_scales(results, specified, arguments, exact, errors, hidden, name)
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
@@ -293,6 +296,24 @@ def _is_settled(
     except AssertionError:
         return False
     return True
+
+
+def _judge_all(
+    results: Sequence[Tensor],
+    specified: Callable[..., list[Tensor]],
+    arguments: Sequence[Any],
+    exact: Sequence[Tensor],
+    errors: Sequence[Sequence[Tensor]],
+    yardsticks: Sequence[_Yardstick],
+    name: str,
+) -> None:
+    """The verdict: every value, and where a factor may hide behind rounding, every scale."""
+    for i, (result, one, yardstick) in enumerate(zip(results, exact, yardsticks, strict=True)):
+        label = name if len(results) == 1 else f"{name}, result {i}"
+        _judge(result, one, yardstick, label, _FACTOR)
+    hidden = [i for i, y in enumerate(yardsticks) if y.hides_a_factor(results[i].dtype, exact[i])]
+    if hidden:
+        _judge_scales(results, specified, arguments, exact, errors, hidden, name)
 
 
 def _judge_scales(

@@ -114,6 +114,34 @@ def test_ending_early_changes_no_verdict(dtype, inside, monkeypatch):
     assert min(runs[::2]) <= 4 < 16 <= min(runs[1::2])
 
 
+# Seeds for whose results sixteen runs of torch are too few.
+@pytest.mark.parametrize("seed", [2514, 3507, 16073])
+def test_a_row_that_stands_out_among_many_is_given_enough_runs(seed):
+    sizes = 1e-3 * torch.arange(1, 1001).double() ** -0.5
+
+    def rounded(x, salt):
+        """x, off by what its bits say: normally distributed, of the size of the row."""
+        if x.dtype == torch.float64:
+            return x[:, :1]
+        bits = (x.view(torch.int32).long() * torch.tensor([1, 1000003, 998244353, 19260817])).sum(1)
+        generator, noise = torch.Generator().manual_seed(salt), torch.zeros(1000).double()
+        for i in range(12):
+            odd = int(torch.randint(1, 2**30, (), generator=generator)) * 2 + 1
+            mixed = (bits * odd + i * 7919) & 0xFFFFFFFF
+            for shift in (15, 13):
+                mixed = (mixed ^ (mixed >> shift)) * odd & 0xFFFFFFFF
+            noise += mixed.double() / 2**32 - 0.5
+        return (x[:, 0].double() + sizes * noise).float()[:, None]
+
+    torch.manual_seed(seed)
+    x = 1 + torch.rand(1000, 4)
+    actual = rounded(x, 10**6 + seed)
+    assert_matches(actual, lambda x: rounded(x, seed), (x,), "as good as torch")
+    with pytest.raises(AssertionError, match="over the budget"):
+        four_times = x[:, :1] + 4 * (actual - x[:, :1])
+        assert_matches(four_times, lambda x: rounded(x, seed), (x,), "not as good")
+
+
 def test_storing_costs_half_a_unit_in_the_last_place():
     x = torch.tensor([0.3, 1.0, 1.7, 100.3, 0.01])
     for dtype in DTYPES[1:]:

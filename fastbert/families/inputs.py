@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..encoder import normalised
@@ -45,7 +46,9 @@ def check_inputs(
             f"{this}: expected at least one token, got {name} of shape {tuple(x.shape)}; "
             "leave empty batches out"
         )
-    device = next(model.embeddings.parameters()).device
+    embeddings, sums = model.embeddings, model.family.sums
+    table = getattr(embeddings, sums.position).weight
+    device = table.device
     if device.type != "meta" and x.device != device:  # offloaded weights are on "meta"
         raise ValueError(f"{this}: expected {name} on {device}, where the model is, got {x.device}")
     shape = batch_size, length = x.shape[:2]
@@ -70,12 +73,10 @@ def check_inputs(
                 f"The size of tensor a ({batch_size}) must match the size of tensor b "
                 f"({ids.shape[0]}) at non-singleton dimension 0\n{message}"
             )
-    sums = model.family.sums
-    table = getattr(model.embeddings, sums.position).weight
-    positions = table.shape[0] - sums.first_position(model.embeddings)
+    positions = table.shape[0] - sums.first_position(embeddings)
     counts = sums.counts_tokens and inputs_embeds is None and not torch.compiler.is_compiling()
     if counts and position_ids is None and length > positions:  # padding has no number
-        length = int((x != model.embeddings.padding_idx).sum(1).max())
+        length = int((x != embeddings.padding_idx).sum(1).max())
     if position_ids is None and length > positions:
         raise ValueError(
             f"{this}: expected at most {positions} tokens a sequence, the rows of the position "
@@ -214,22 +215,39 @@ def _packed_lengths(
     return [end - start for start, end in zip(starts, [*starts[1:], shape[1]], strict=True)]
 
 
-# Buffers that hold what transformers put there: (their version then, whether they do).
-_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Made(NamedTuple):
+    """What was found in the buffers of embeddings, for as long as they are the same and nothing is
+    written to them.
+
+    Attributes:
+        columns, zeros: whether every row of the positions is the one, every type the other, which
+            is what transformers puts there.
+    """
+
+    buffers: list[Tensor]
+    versions: list[int]
+    columns: bool
+    zeros: bool
 
 
-def _as_made(buffer: Tensor, make: Callable[[int], Tensor]) -> bool:
-    """Whether each row of a buffer is ``make`` of its length; looked at once for as long as nothing
-    is written to it."""
-    if torch.compiler.is_compiling() or buffer.is_meta or buffer.is_inference():
-        return False
-    if type(buffer) not in (Tensor, nn.Buffer):  # a fake one cannot be looked at
-        return False
-    known = _made.get(buffer)
-    if known is None or known[0] != buffer._version:
-        made = make(buffer.shape[-1]).to(buffer).expand_as(buffer)
-        known = _made[buffer] = (buffer._version, torch.equal(buffer, made))
-    return known[1]
+_made: WeakKeyDictionary[nn.Module, _Made] = WeakKeyDictionary()
+
+
+def _as_made(embeddings: nn.Module, positions: Tensor, types: Tensor | None) -> tuple[bool, bool]:
+    """`_Made.columns` and `_Made.zeros`; without types there are no others."""
+    buffers = [positions] if types is None else [positions, types]
+    if torch.compiler.is_compiling() or any(b.is_meta or b.is_inference() for b in buffers):
+        return False, types is None
+    if not all(type(b) in (Tensor, nn.Buffer) for b in buffers):  # a fake one cannot be looked at
+        return False, types is None
+    versions = [b._version for b in buffers]
+    made = _made.get(embeddings)
+    if made is None or made.versions != versions or not all(map(is_, made.buffers, buffers)):
+        columns = torch.arange(positions.shape[-1]).to(positions).expand_as(positions)
+        made = _made[embeddings] = _Made(
+            buffers, versions, torch.equal(positions, columns), types is None or not types.any()
+        )
+    return made.columns, made.zeros
 
 
 def _token_types(
@@ -275,9 +293,10 @@ def _default_ids(
         positions = _counted(embeddings.padding_idx, input_ids, length, device)
     elif positions is None and launching and types is not None and stored.device == device:
         return stored[:, :length], types[:, :length]
-    elif positions is None and not _as_made(stored, torch.arange):
+    columns, zeros = _as_made(embeddings, stored, types)
+    if positions is None and not columns:
         positions = stored[:, :length].to(device)
-    if types is None or _as_made(types, torch.zeros):
+    if zeros:
         return positions, None
     return positions, _token_types(embeddings, positions, length, device)
 

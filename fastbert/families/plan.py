@@ -10,9 +10,8 @@ to be called but the layers' arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import repeat
-from operator import contains, is_, itemgetter
+from operator import contains, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -63,10 +62,10 @@ class Plan:
         owner, _, name = family.parts.activation.rpartition(".")
         for layer in layers:
             attention = layer.get_submodule(family.parts.attention)
-            self._numbers.append((partial(_get, "scaling"), attention.__dict__))
+            self._numbers.append((methodcaller("get", "scaling"), attention.__dict__))
             self._numbers.append((itemgetter("attention_head_size"), attention.__dict__))
             # A function, where it is no module.
-            self._numbers.append((partial(_get, name), layer.get_submodule(owner).__dict__))
+            self._numbers.append((methodcaller("get", name), layer.get_submodule(owner).__dict__))
         called = family.encoder_of(model).modules()
         self.recomputes = any(known.unwrapped(m) is not m for m in called)
         self._configs = {id(m.config): m.config for m in inside if hasattr(m, "config")}.values()
@@ -106,10 +105,6 @@ def _tensors_in(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, tuple):
         for inner in part:
             yield from _tensors_in(inner)
-
-
-def _get(name: str, attributes: dict) -> Any:
-    return attributes.get(name)
 
 
 def plan_of(

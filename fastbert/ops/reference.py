@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+_LOG2E = math.log2(math.e)
+
+
 def softmax_ref(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """``softmax(x * scale + mask)`` by row; a bool mask keeps True; a row without a key is 0."""
     x = x * scale
@@ -50,12 +53,11 @@ def attention_ref(
     """``(softmax(q @ k.T * scale + bias) * kept) @ v``; q ``[B, H, Sq, D]``, k and v
     ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``.
 
-    operands: compute as fused kernels do, torch's own among them: backward makes the weights again
-    from their log-sum-exp, which was kept in log2 units, and has the result instead of a sum over
-    weights; the weights, their gradient and that result are rounded to this dtype, for the matrix
-    units. In fp64, which is the truth, nothing of it happens. ``late_sum``: forward rounds weights
-    before their sum divides them, as flash attention does, and not behind it, as math attention
-    does.
+    operands: compute as fused kernels do, torch's own among them: in units of log2; backward makes
+    the weights again from their log-sum-exp, and has the result instead of a sum over weights; the
+    weights, their gradient and that result are rounded to this dtype, for the matrix units. In
+    fp64, which is the truth, nothing of it happens. ``late_sum``: forward rounds weights before
+    their sum divides them, as flash attention does, and not behind it, as math attention does.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
@@ -87,20 +89,24 @@ class _RoundGradient(torch.autograd.Function):
 
 
 class _WeighRounded(torch.autograd.Function):
-    """``(softmax(scores + mask) * kept) @ v`` with 16-bit operands, and backward by delta."""
+    """``(softmax(scores + mask) * kept) @ v`` in units of log2, with 16-bit operands, and backward
+    by log-sum-exp and delta."""
 
     @staticmethod
     def forward(ctx, scores, mask, v, kept, operands, late_sum):
-        weights, largest = softmax_ref(scores, mask), 1.0
-        if late_sum and scores.shape[-1]:
-            largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            weights = weights / largest
-        weights = _rounded(weights if kept is None else weights * kept, operands)
-        out = (weights @ v) * largest
         if mask is not None:
             masked = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, -math.inf) if masked else scores + mask
-        lse = torch.logsumexp(scores, -1, keepdim=True) / math.log(2)
+        in_log2 = scores * _LOG2E
+        largest = in_log2.amax(-1, keepdim=True) if scores.shape[-1] else in_log2.sum(-1, True)
+        weights = torch.exp2(in_log2 - largest.masked_fill(largest == -math.inf, math.inf))
+        total = weights.sum(-1, keepdim=True)
+        lse = largest + total.log2()
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)
+        weights = weights if late_sum else weights / total
+        weights = _rounded(weights if kept is None else weights * kept, operands)
+        out = weights @ v
+        out = out / total if late_sum else out
         ctx.save_for_backward(scores, lse, v, kept, _rounded(out, operands))
         ctx.mask_shape, ctx.operands = None if mask is None else mask.shape, operands
         return out
@@ -108,7 +114,9 @@ class _WeighRounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         scores, lse, v, kept, out = ctx.saved_tensors
-        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf) * math.log(2))
+        # From log2 units again, so that a weight of one is not one by the luck of a difference of
+        # equal numbers, which a score that is computed a second time need not be.
+        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf) / _LOG2E)
         weights = _rounded(p if kept is None else p * kept, ctx.operands)
         dp = gradient @ v.transpose(-1, -2)
         dp = dp if kept is None else dp * kept
