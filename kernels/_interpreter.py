@@ -7,7 +7,7 @@ fp32. ``tl.fma`` rounds twice there and once on a GPU; here once. In which order
 the hardware's business; numpy's adds small ones one after the other, which is three times less
 exact than the library that results are compared with, and that library's own order depends on the
 number of rows. Here sixteen terms are added at a time, which is as exact as that library at its
-best, so that no result is held to luck of the shapes.
+best, so that no result is held to luck of the shapes. A sum in fp16 is rounded to it every time.
 
 How it becomes quick stands in `_interpreter_quick`.
 """
@@ -50,14 +50,11 @@ def _in_torch(handle) -> torch.Tensor:
     return torch.from_numpy(np.array(handle.data)).float()
 
 
-def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``x @ y`` in fp32, sixteen terms at a time, as matrix units take them."""
+def _partial_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What ``x @ y`` is the sum of, sixteen terms at a time, as matrix units take them."""
     if x.dim() != 2 or x.shape[1] % _AT_ONCE:
-        return x @ y
-    parts = torch.bmm(
-        x.unflatten(1, (-1, _AT_ONCE)).transpose(0, 1), y.unflatten(0, (-1, _AT_ONCE))
-    )
-    return parts.sum(0)
+        return (x @ y)[None]
+    return torch.bmm(x.unflatten(1, (-1, _AT_ONCE)).transpose(0, 1), y.unflatten(0, (-1, _AT_ONCE)))
 
 
 def _mend_arithmetic() -> None:
@@ -79,12 +76,18 @@ def _mend_arithmetic() -> None:
         return unary_op(self, arg, op)
 
     def new_dot(self, a, b, d, *args):
-        if d.dtype.scalar != tl.float32:
+        total = d.dtype.scalar
+        if total not in (tl.float32, tl.float16):
             refuse(a, b)
             return dot(self, a, b, d, *args)
         with torch.autocast("cpu", enabled=False):
-            product = _product(_in_torch(a), _in_torch(b)).numpy()
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+            parts = _partial_products(_in_torch(a), _in_torch(b))
+        if total == tl.float32:
+            return interpreter.TensorHandle(parts.sum(0).numpy() + d.data, total)
+        result = d.data
+        for part in parts.numpy():
+            result = (part + result).astype(np.float16)
+        return interpreter.TensorHandle(result, total)
 
     def new_cast_impl(self, src, dst):
         return _convert(src, dst, lambda: cast_impl(self, src, dst))

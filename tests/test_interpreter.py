@@ -256,6 +256,21 @@ def test_products_take_blocks_that_numpy_cannot_write_or_has_turned_around(dtype
         assert (found.handle.data == expected.handle.data).all()
 
 
+def test_a_sum_in_fp16_is_rounded_after_every_sixteen_terms():
+    direct, _, _ = both_ways(tl, "dot")
+    generator, blocks = np.random.default_rng(0), []
+    for shape in ((16, 64), (64, 16), (16, 16)):
+        values = generator.standard_normal(shape).astype(np.float16)
+        handle = interpreter.TensorHandle(values, tl.float16)
+        blocks.append(tl.tensor(handle, tl.block_type(tl.float16, list(shape))))
+    found = direct(*blocks, out_dtype=tl.float16).handle.data
+    x, y, total = (block.handle.data.astype(np.float64) for block in blocks)
+    once = (x @ y + total).astype(np.float16)
+    for k in range(0, 64, 16):
+        total = (total + x[:, k : k + 16] @ y[k : k + 16]).astype(np.float16)
+    assert (found == total).mean() > 0.99 > 0.8 > (found == once).mean()
+
+
 def test_a_launch_leaves_the_language_and_numpy_as_they_were():
     scope = interpreter._patch_lang(None)  # the fixture's
     assert tl.load is not TRITONS_OWN[tl, "load"] and np.geterr()["over"] == "ignore"

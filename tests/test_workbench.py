@@ -85,6 +85,12 @@ LUCKY = [
         "values": 1, "strided": True, "key_mask": False, "bias": False, "dropout": 50,
         "dtype": "fp32", "seed": 1607052865,
     }),
+    # And by what the sum of a score is off by, which is another one in backward.
+    ("attention_bwd", {
+        "packed": True, "lengths": [2], "heads": 2, "head_size": 40, "magnitude": 3, "values": 1,
+        "strided": False, "key_mask": False, "bias": False, "dropout": 50, "dtype": "fp32",
+        "seed": 889353107,
+    }),
     # Scores of 26 are of 37 in log2 units, whose last place is twice as large.
     ("attention_bwd", {
         "packed": False, "lengths": [129], "heads": 1, "head_size": 8, "magnitude": 3, "values": 1,

@@ -54,10 +54,11 @@ def attention_ref(
     ``[B, H, Sk, D]``, kept (the factors of dropout) ``[B, H, Sq, Sk]``.
 
     operands: compute as fused kernels do, torch's own among them: in units of log2; backward makes
-    the weights again from their log-sum-exp, and has the result instead of a sum over weights; the
-    weights, their gradient and that result are rounded to this dtype, for the matrix units. In
-    fp64, which is the truth, nothing of it happens. ``late_sum``: forward rounds weights before
-    their sum divides them, as flash attention does, and not behind it, as math attention does.
+    the weights again from scores that are computed a second time and their log-sum-exp, and has the
+    result instead of a sum over weights; the weights, their gradient and that result are rounded to
+    this dtype, for the matrix units. In fp64, which is the truth, nothing of it happens.
+    ``late_sum``: forward rounds weights before their sum divides them, as flash attention does, and
+    not behind it, as math attention does.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = bias
@@ -67,8 +68,10 @@ def attention_ref(
     scores = q @ k.transpose(-1, -2)
     if operands is not None and q.dtype != torch.float64:
         kept = None if kept is None else kept.to(scores)
+        with torch.no_grad():  # the same, added up the other way round
+            again = (q.flip(-1) @ k.flip(-1).transpose(-1, -2)) * scale
         scores = _RoundGradient.apply(scores * scale, operands)
-        return _WeighRounded.apply(scores, mask, v, kept, operands, late_sum)
+        return _WeighRounded.apply(scores, again, mask, v, kept, operands, late_sum)
     p = softmax_ref(scores, mask, scale)
     return (p if kept is None else p * kept.to(p)) @ v
 
@@ -90,13 +93,14 @@ class _RoundGradient(torch.autograd.Function):
 
 class _WeighRounded(torch.autograd.Function):
     """``(softmax(scores + mask) * kept) @ v`` in units of log2, with 16-bit operands, and backward
-    by log-sum-exp and delta."""
+    by the scores ``again``, log-sum-exp and delta."""
 
     @staticmethod
-    def forward(ctx, scores, mask, v, kept, operands, late_sum):
-        if mask is not None:
-            masked = mask.dtype == torch.bool
-            scores = scores.masked_fill(~mask, -math.inf) if masked else scores + mask
+    def forward(ctx, scores, again, mask, v, kept, operands, late_sum):
+        if mask is not None and mask.dtype == torch.bool:
+            scores, again = (t.masked_fill(~mask, -math.inf) for t in (scores, again))
+        elif mask is not None:
+            scores, again = scores + mask, again + mask
         in_log2 = scores * _LOG2E
         largest = in_log2.amax(-1, keepdim=True) if scores.shape[-1] else in_log2.sum(-1, True)
         weights = torch.exp2(in_log2 - largest.masked_fill(largest == -math.inf, math.inf))
@@ -107,22 +111,20 @@ class _WeighRounded(torch.autograd.Function):
         weights = _rounded(weights if kept is None else weights * kept, operands)
         out = weights @ v
         out = out / total if late_sum else out
-        ctx.save_for_backward(scores, lse, v, kept, _rounded(out, operands))
+        ctx.save_for_backward(again, lse, v, kept, _rounded(out, operands))
         ctx.mask_shape, ctx.operands = None if mask is None else mask.shape, operands
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        scores, lse, v, kept, out = ctx.saved_tensors
-        # From log2 units again, so that a weight of one is not one by the luck of a difference of
-        # equal numbers, which a score that is computed a second time need not be.
-        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf) / _LOG2E)
+        again, lse, v, kept, out = ctx.saved_tensors
+        p = torch.exp2(again * _LOG2E - lse.masked_fill(lse == -math.inf, math.inf))
         weights = _rounded(p if kept is None else p * kept, ctx.operands)
         dp = gradient @ v.transpose(-1, -2)
         dp = dp if kept is None else dp * kept
         ds = p * (dp - (gradient * out).sum(-1, keepdim=True))
-        dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[1] else None
-        return ds, dmask, weights.transpose(-1, -2) @ gradient, None, None, None
+        dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[2] else None
+        return ds, None, dmask, weights.transpose(-1, -2) @ gradient, None, None, None
 
 
 def attention_varlen_ref(
