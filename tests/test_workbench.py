@@ -91,6 +91,12 @@ LUCKY = [
         "strided": False, "key_mask": False, "bias": False, "dropout": 50, "dtype": "fp32",
         "seed": 889353107,
     }),
+    # Where weights are zero or one, a gradient of scores is what two sums of the same differ by.
+    ("attention_bwd", {
+        "packed": False, "lengths": [2], "heads": 1, "head_size": 8, "magnitude": 3, "values": 1,
+        "strided": False, "key_mask": False, "bias": False, "dropout": 0, "dtype": "fp32",
+        "seed": 279056093,
+    }),
     # Scores of 26 are of 37 in log2 units, whose last place is twice as large.
     ("attention_bwd", {
         "packed": False, "lengths": [129], "heads": 1, "head_size": 8, "magnitude": 3, "values": 1,

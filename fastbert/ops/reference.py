@@ -68,8 +68,8 @@ def attention_ref(
     scores = q @ k.transpose(-1, -2)
     if operands is not None and q.dtype != torch.float64:
         kept = None if kept is None else kept.to(scores)
-        with torch.no_grad():  # the same, added up the other way round
-            again = (q.flip(-1) @ k.flip(-1).transpose(-1, -2)) * scale
+        with torch.no_grad():
+            again = _added_backwards(q, k) * scale
         scores = _RoundGradient.apply(scores * scale, operands)
         return _WeighRounded.apply(scores, again, mask, v, kept, operands, late_sum)
     p = softmax_ref(scores, mask, scale)
@@ -78,6 +78,12 @@ def attention_ref(
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
+
+
+def _added_backwards(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` with its terms in the other order, so that it is not by luck what the same terms
+    are elsewhere, to the bit."""
+    return a.flip(-1) @ b.flip(-1).transpose(-1, -2)
 
 
 class _RoundGradient(torch.autograd.Function):
@@ -120,7 +126,7 @@ class _WeighRounded(torch.autograd.Function):
         again, lse, v, kept, out = ctx.saved_tensors
         p = torch.exp2(again * _LOG2E - lse.masked_fill(lse == -math.inf, math.inf))
         weights = _rounded(p if kept is None else p * kept, ctx.operands)
-        dp = gradient @ v.transpose(-1, -2)
+        dp = _added_backwards(gradient, v)
         dp = dp if kept is None else dp * kept
         ds = p * (dp - (gradient * out).sum(-1, keepdim=True))
         dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[2] else None
