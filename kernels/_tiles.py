@@ -202,12 +202,13 @@ _HOPPER: dict[bool, dict[int, _Tiles]] = {
 }
 _ATTENTION = {80: _AMPERE, 89: _ADA, 90: _HOPPER}
 # fp32 products run outside the matrix units, on operands in registers: small tiles.
-_ATTENTION_FP32: dict[int, _Tiles] = {
-    16: ((16, 32, 4, 1), (16, 32, 4, 2)),
+_FP32: dict[int, _Tiles] = {
+    16: ((16, 32, 4, 1), (16, 32, 4, 3)),
     32: ((16, 32, 4, 1), (16, 32, 4, 1)),
-    64: ((32, 32, 8, 1), (32, 32, 8, 1)),
+    64: ((32, 32, 8, 1), (32, 32, 8, 2)),
     128: ((16, 32, 8, 1), (16, 32, 8, 1)),
 }
+_ATTENTION_FP32 = {80: _FP32, 89: _FP32, 90: {**_FP32, 128: ((16, 32, 8, 1), (32, 16, 8, 1))}}
 
 
 @_remember
@@ -233,7 +234,7 @@ def attention_tile(
     if dtype.itemsize == 2:
         *whole, walking = _ATTENTION[_known(arch)][has_bias][block_d]
     else:
-        *whole, walking = _ATTENTION_FP32[block_d]
+        *whole, walking = _ATTENTION_FP32[_known(arch)][block_d]
     slot = f"attention D{block_d} {8 * dtype.itemsize} bit{' bias' if has_bias else ''}"
     for block_m, block_n, num_warps, num_stages in whole:
         if max_seqlen_k <= block_n:
@@ -306,16 +307,27 @@ _HOPPER_BWD: dict[bool, _BwdTiles] = {
     },
 }
 _ATTENTION_BWD = {80: _AMPERE_BWD, 89: _ADA_BWD, 90: _HOPPER_BWD}
-_FP32_BWD: _BwdTiles = {
-    16: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+_FP32_BWD_PLAIN: _BwdTiles = {
+    16: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     32: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
     64: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
     128: ((16, 32, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
 }
-_ATTENTION_BWD_FP32: dict[bool, _BwdTiles] = {
-    False: _FP32_BWD,
-    True: {**_FP32_BWD, 128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1))},
+_FP32_BWD: dict[bool, _BwdTiles] = {
+    False: _FP32_BWD_PLAIN,
+    True: {
+        **_FP32_BWD_PLAIN,
+        128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
+    },
 }
+_ADA_FP32_BWD: dict[bool, _BwdTiles] = {
+    **_FP32_BWD,
+    True: {
+        **_FP32_BWD[True],
+        128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1), (32, 32, 8, 1)),
+    },
+}
+_ATTENTION_BWD_FP32 = {80: _FP32_BWD, 89: _ADA_FP32_BWD, 90: _FP32_BWD}
 
 
 @_remember
@@ -338,7 +350,7 @@ def attention_bwd_tiles(
     if dtype.itemsize == 2:
         chosen = _ATTENTION_BWD[_known(arch)][has_bias][block_d]
     else:
-        chosen = _ATTENTION_BWD_FP32[has_bias][block_d]
+        chosen = _ATTENTION_BWD_FP32[_known(arch)][has_bias][block_d]
     slot = f"attention backward D{block_d} {8 * dtype.itemsize} bit{' bias' if has_bias else ''}"
 
     def tile(part: str, m: int, n: int, warps: int, stages: int, single: bool) -> AttentionTile:
@@ -432,8 +444,10 @@ def softmax_tile(width: int, arch: int) -> RowTile:
 def cross_entropy_tile(width: int, arch: int) -> RowTile:
     """One row a program, in strips."""
     block_n = min(4096, next_power_of_2(width))
-    # Where 8 warps of 119547 labels in fp32 spill and leave two thirds of a multiprocessor idle.
-    wide = 16 if _known(arch) == 89 else 8
+    # Where 8 warps spill in fp32; on sm_80 only by the vocabulary of multilingual models, and 16
+    # by BERT's.
+    known = _known(arch)
+    wide = 16 if known == 89 or (known == 80 and width > 2**16) else 8
     num_warps = wide if block_n > 1024 else 4
     return _choose(f"cross entropy {block_n}", arch, RowTile(1, block_n, num_warps))
 
