@@ -99,7 +99,10 @@ def _known(arch: int) -> int:
     """
     if arch == 86 or arch // 10 == 12:
         return 89
-    return max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    known = ARCHITECTURES[0]
+    for each in ARCHITECTURES:  # a plain loop, which a compiler can follow
+        known = each if each <= arch else known
+    return known
 
 
 TUNED_FILE = Path(__file__).with_name("tuned.json")

@@ -13,7 +13,7 @@ from fastbert.ops import backend as backend_module  # the function and its modul
 from fastbert.ops import onednn
 from fastbert.ops.reference import attention_ref, attention_varlen_ref, linear_ref
 from fastbert.packing import PackedBatch
-from fastbert.testing import assert_matches, with_gradients
+from fastbert.testing import assert_matches, assert_within_budget, with_gradients
 
 LENGTHS = [5, 1, 12]
 
@@ -135,6 +135,20 @@ def test_op_compiles_as_one_graph(name, device, each_backend):
         expected = function(*tensors)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*tensors), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_op_compiles_in_16_bits(name, device, each_backend):
+    """Whose tiles are others, by tables of their own."""
+    function, tensors = example(name, device)
+    tensors = [t.bfloat16() for t in tensors]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+        with fastbert.backend("torch"):
+            exact, theirs = function(*(t.double() for t in tensors)), function(*tensors)
+    assert_within_budget(actual, exact, theirs, name)
 
 
 def registered_calls(device):
