@@ -70,19 +70,22 @@ def test_sequences_are_as_exact_by_products(monkeypatch, biased, products):
     assert_matches(found, specification, (q, k, v, bias), "attention")
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "as they are"])
 @pytest.mark.parametrize(
     ("family", "lengths", "expected"),
     [("bert", [9, 4, 4, 7], [9, 7]), ("bert", [9], [9]), ("bert", [0, 9], [9]),
      ("bert", [9, 9], []), ("mpnet", [9, 4, 4, 7], [9, 4, 4, 7]), ("mpnet", [9], [9]),
      ("mpnet", [9, 9], [9, 9])],
 )  # fmt: skip
-def test_layers_attend_by_products_where_that_is_a_gain(family, lengths, expected, monkeypatch):
+def test_layers_attend_by_products_where_that_is_a_gain(
+    family, lengths, expected, frozen, monkeypatch
+):
     alone = multiplied(monkeypatch)
     if family == "bert":
         theirs, ours = pair("BertModel")
     else:
         theirs, ours = pair_of(family, registry.load(family).model.__name__)
-    ours.frozen = Frozen()
+    ours.frozen = Frozen() if frozen else None
     inputs = batch_of(lengths)
     found = hidden(ours, inputs)
     assert alone == expected * 2

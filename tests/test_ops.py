@@ -151,6 +151,16 @@ def test_op_compiles_in_16_bits(name, device, each_backend):
     assert_within_budget(actual, exact, theirs, name)
 
 
+def test_a_position_that_is_padding_gets_no_gradient_by_default_either(device, each_backend):
+    word, position = torch.randn(2, 7, 8, device=device).unbind()
+    position.requires_grad_()
+    ids, one = torch.arange(5, device=device), torch.ones(8, device=device)
+    out = ops.embed(ids, None, None, word, position, None, one, one, eps=1e-5,
+                    position_padding_idx=2)  # fmt: skip
+    out.pow(3).sum().backward()
+    assert position.grad.any(-1).tolist() == [True, True, False, True, True, False, False]
+
+
 def registered_calls(device):
     batch = batch_of(device)
     tile_map = batch.tile_map(32)

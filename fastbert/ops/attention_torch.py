@@ -22,7 +22,7 @@ __all__ = ["by_products", "padded_in_torch", "takes_products", "varlen_in_torch"
 # text or of a ragged batch. Batches of one length would take 0.99 to 1.06.
 _BIASED_UP_TO = 512
 _ALONE_UP_TO = 192
-_NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")
+_NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")  # with beta=0
 
 
 def _sdpa(
