@@ -25,8 +25,9 @@ Run = Callable[[Any], Any]
 _SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 60
 _SLOW_ROUND = 15.0  # seconds; after such a round three are enough
-# Threads of one library spin for a while after its call and would slow the next one's down.
-_PAUSE = 10e-3
+# Threads of one library spin for a while after its call and would slow the next one's down: those
+# of ONNX Runtime for 32 ms, of torch for 10 (OpenMP), of OpenVINO and CTranslate2 for 1.
+_PAUSE = 40e-3
 _WARM_BELOW = 0.1  # seconds; shorter calls are made once more after a pause, untimed
 _GRAPH_BELOW = 100e-6  # seconds; event pairs around shorter work time the host
 # The device spins while the host queues: twice as long as that takes, in cycles of a fast clock.

@@ -3,7 +3,8 @@
 This is the one place that keeps copies of weights. On a CPU in fp32 and bf16 they are in the layout
 that oneDNN multiplies with, so that no call reorders them, and q, k and v are one product; in int8,
 for who asks for it, a quarter of the memory and another result. Elsewhere nothing is copied and
-layers run as they do. Memory that a call frees is kept for the next one, too (`_keep_freed`).
+layers run as they do. Copies lie in huge pages where the system has some, and memory that a call
+frees is kept for the next one (`fastbert.memory`).
 
 A promise may be broken: in every call the weights are compared with what was copied, by memory and
 by torch's count of changes in place, and copied again where they differ. Changes that torch does
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from types import ModuleType
 from typing import NamedTuple
@@ -21,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import memory
 from .encoder import encode_layers, encode_on_onednn
 from .ops import onednn, onednn_int8
 from .ops.linear import plain_on_cpu, rows_on_onednn
@@ -33,18 +37,6 @@ __all__ = ["FORMS", "Frozen"]
 FORMS: dict[bool | str, ModuleType] = {True: onednn, "int8": onednn_int8}
 _log = logging.getLogger("fastbert")
 _VERSION = attrgetter("_version")
-_LARGEST = (32 << 20) - (64 << 10)  # bytes; glibc learns nothing from a block above 32 MiB
-
-
-def _keep_freed() -> None:
-    """Have glibc keep up to 64 MiB of what is freed, instead of giving it back to the system.
-
-    Else each call asks for pages again that the last one gave back, and the system zeroes them: on
-    two EPYC cores 2 to 7 % of a MiniLM's time for eight texts of 128 tokens in fp32, 40 % in int8.
-    glibc sets its thresholds by the largest block that was freed (mallopt(3), M_MMAP_THRESHOLD), so
-    one is freed here that nobody has written to. Other allocators do as they did.
-    """
-    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")
 
 
 def _of_copies(weights: LayerWeights, products: ModuleType) -> LayerWeights:
@@ -65,6 +57,11 @@ def _packed(products: ModuleType, *parts: Linear) -> Linear:
     return Linear(
         weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in parts])
     )
+
+
+def _linears_of(each: Iterable[LayerWeights]) -> list[Linear]:
+    """The products of layers that `_of_copies` has made."""
+    return [x for w in each for x in (*w.qkv, w.attention_output, w.intermediate, w.output)]
 
 
 class _Copies(NamedTuple):
@@ -139,10 +136,7 @@ class Frozen:
     def nbytes(self) -> int:
         """Memory of the copies."""
         each = self._made.each if self._made else None
-        linears = [
-            x for w in each or () for x in (*w.qkv, w.attention_output, w.intermediate, w.output)
-        ]
-        return sum(self._products.nbytes(x.weight) for x in linears)
+        return sum(self._products.nbytes(x.weight) for x in _linears_of(each or ()))
 
     def forget(self) -> None:
         """Give up the copies and their memory. They are made again when they are needed."""
@@ -170,10 +164,12 @@ class Frozen:
             dtype in self._products.DTYPES and not others and all(map(plain_on_cpu, layers.tensors))
         )
         if known and stamp is not None:
-            _keep_freed()
+            memory.keep_freed()
             # Outside of inference mode, whose tensors a call with gradients could not read.
             with torch.inference_mode(False), torch.no_grad():
                 each = [_of_copies(weights, self._products) for weights in layers.each]
+            copies = (x.weight for x in _linears_of(each))
+            memory.to_huge_pages(chain.from_iterable(map(self._products.blocks, copies)))
         self._made = _Copies(layers, of, stamp, each)
         return self._made
 

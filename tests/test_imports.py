@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a file may import from its own rank and below.
 RANKS = {
     "kernels": 0,
+    "fastbert/memory.py": 1,
     "fastbert/packing.py": 1,
     "fastbert/ops": 2,
     "fastbert/testing.py": 2,

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "DTYPES", "EPILOGUES", "WEIGHT_GRADIENT_FROM", "available", "multiply", "nbytes", "packed",
-    "product", "product_add",
+    "DTYPES", "EPILOGUES", "WEIGHT_GRADIENT_FROM", "available", "blocks", "multiply", "nbytes",
+    "packed", "product", "product_add",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -101,6 +101,16 @@ def packed(weight: Tensor, rows: int = 128) -> Tensor:
 def nbytes(weight: Tensor) -> int:
     """Memory of what `packed` has made, which is opaque to torch's own ``nbytes``."""
     return weight.dtype.itemsize * weight.numel()
+
+
+def blocks(weight: Tensor) -> list[tuple[int, int]]:
+    """Where what `packed` has made lies in memory, as addresses and numbers of bytes; empty where
+    this torch does not tell."""
+    operators = torch.ops.mkldnn
+    try:
+        return [(operators.data_ptr.default(weight), operators._nbytes.default(weight))]
+    except (AttributeError, RuntimeError):
+        return []
 
 
 def _works(dtype: torch.dtype) -> bool:

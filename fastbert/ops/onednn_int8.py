@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import onednn
 from .linear import activate
 
-__all__ = ["DTYPES", "Packed", "available", "nbytes", "packed", "product", "product_add"]
+__all__ = ["DTYPES", "Packed", "available", "blocks", "nbytes", "packed", "product", "product_add"]
 
 DTYPES = (torch.float32,)  # of rows
 _LEAST = 1e-30  # the largest magnitude of an output's weights, or span of a row, if all are alike
@@ -70,6 +71,11 @@ def packed(weight: Tensor) -> Packed:
 def nbytes(weight: Packed) -> int:
     """Memory of what `packed` has made."""
     return weight.weight.numel() + 16 * weight.scales.numel()
+
+
+def blocks(weight: Packed) -> list[tuple[int, int]]:
+    """Where the integers lie in memory, as `fastbert.ops.onednn.blocks`."""
+    return onednn.blocks(weight.weight)
 
 
 def product(x: Tensor, weight: Packed, bias: Tensor | None, activation: str | None) -> Tensor:
