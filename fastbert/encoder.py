@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .ops import onednn
 from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
-from .ops.attention_torch import by_products, takes_products, varlen_in_torch
+from .ops.attention_torch import varlen_in_torch, way_of_one
 from .ops.backend import resolve
 from .ops.dropout import dropout_seeds
 from .ops.gradient import wants_gradient
@@ -28,7 +28,6 @@ from .packing import PackedBatch, PaddedBatch
 from .weights import Layers, LayerWeights, Linear, Norm, Projection, Stacked
 
 __all__ = [
-    "bucket_of",
     "encode_layer",
     "encode_layers",
     "encode_on_onednn",
@@ -140,18 +139,6 @@ def _launch_pre_norm_layers(hidden: Tensor, batch: PackedBatch, layers: Layers) 
     return hidden + F.linear(inner, *weights.output)
 
 
-def bucket_of(rows: int) -> int:
-    """How many rows the products of a batch are given on a CPU.
-
-    oneDNN makes a primitive for every new number: 0.2 to 0.7 ms each on an EPYC, four in a model. A
-    ladder makes new ones rare where that is long beside the products. It adds seven rows or a
-    quarter at most, from 512 rows on a sixteenth, and has 132 steps up to 8,192 rows, which make
-    half as many primitives as oneDNN keeps.
-    """
-    step = 8 if rows <= 64 else 16 if rows <= 512 else 32 if rows <= 2048 else 128
-    return -(-rows // step) * step
-
-
 def encode_on_onednn(
     hidden: Tensor,
     batch: PackedBatch,
@@ -171,7 +158,7 @@ def encode_on_onednn(
         ``[T, E]``.
     """
     count = hidden.shape[0]
-    more = bucket_of(count) - count
+    more = onednn.bucket_of(count) - count
     hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
     multiply = _multiply_pre_norm_layer if each[0].pre_norm else _multiply_layer
     for weights in each:
@@ -219,34 +206,27 @@ def _multiply_and_activate(rows: Tensor, weights: LayerWeights, products: Module
 
 
 def _attend_in_torch(parts: list[Tensor], batch: PackedBatch, weights: LayerWeights) -> Tensor:
-    """q, k and v, ``[T + ..., 3 * E]`` or three of ``[T + ..., E]`` -> ``[T, E]``."""
-    count, lengths, size = batch.num_tokens, batch.lengths, weights.head_size
-    parts = [t[:count] if t.shape[0] > count else t for t in parts]
-    (first, *others) = parts
-    bias = None if batch.bias is None else batch.bias.to(first.dtype)
-    if len(lengths) == 1 and takes_products(first, 1, count, bias):
-        # As below, in a third of the calls: with few tokens they are most of it.
-        if others:
-            by_head = [t.view(count, -1, size).transpose(0, 1) for t in parts]
-        else:
-            by_head = first.view(count, 3, -1, size).permute(1, 2, 0, 3).unbind()
-        return by_products(*by_head, weights.scale, bias).transpose(0, 1).reshape(count, -1)
-    ragged = len(set(lengths)) > 1
-    if ragged or (bias is not None and takes_products(first, len(lengths), lengths[0], bias)):
-        if others:
-            q, k, v = (t.view(count, -1, size) for t in parts)
-        else:
-            q, k, v = first.view(count, 3, -1, size).unbind(1)
-        return varlen_in_torch(
-            q, k, v, batch, batch, weights.scale, 0.0, False, bias, products=True
-        ).flatten(1)
-    rows = len(lengths), lengths[0]
-    if others:
-        by_head = [t.view(*rows, -1, size).transpose(1, 2) for t in parts]
+    """q, k and v, ``[T or more, 3 * E]`` or three of ``[T or more, E]`` -> ``[T or more, E]``."""
+    lengths, scale = batch.lengths, weights.scale
+    count, length = len(lengths), lengths[0]
+    if len(parts) > 1:
+        q, k, v = (t.view(t.shape[0], -1, weights.head_size) for t in parts)
     else:
-        by_head = first.view(*rows, 3, -1, size).permute(2, 0, 3, 1, 4).unbind()
-    context = F.scaled_dot_product_attention(*by_head, bias, scale=weights.scale)
-    return context.transpose(1, 2).reshape(count, -1)
+        q, k, v = parts[0].view(parts[0].shape[0], 3, -1, weights.head_size).unbind(1)
+    bias = None if batch.bias is None else batch.bias.to(q.dtype)
+    if count == 1:
+        attend = way_of_one(q, 1, length, scale, bias)
+        if attend is not None:
+            return attend(q, k, v).flatten(1)
+    if batch.num_tokens < q.shape[0]:
+        q, k, v = (t[: batch.num_tokens] for t in (q, k, v))
+    if len(set(lengths)) > 1 or way_of_one(q, count, length, scale, bias) is not None:
+        return varlen_in_torch(
+            q, k, v, batch, batch, scale, 0.0, False, bias, one_by_one=True
+        ).flatten(1)
+    by_head = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    context = F.scaled_dot_product_attention(*by_head, bias, scale=scale)
+    return context.transpose(1, 2).reshape(count * length, -1)
 
 
 def _normed(total: Tensor, norm: Norm) -> Tensor:

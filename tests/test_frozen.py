@@ -16,9 +16,9 @@ from tiny import pair, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.encoder import bucket_of
 from fastbert.frozen import Frozen
 from fastbert.ops import onednn
+from fastbert.ops.onednn import bucket_of
 from fastbert.testing import assert_within_budget
 
 pytestmark = [

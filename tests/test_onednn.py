@@ -16,7 +16,7 @@ import fastbert
 from fastbert import ops
 from fastbert.families import registry
 from fastbert.frozen import Frozen
-from fastbert.ops import attention_torch, onednn
+from fastbert.ops import attention_torch, onednn, onednn_attention
 from fastbert.ops.reference import attention_varlen_ref
 from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches, assert_within_budget
@@ -48,20 +48,19 @@ def multiplied(monkeypatch) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("products", [True, False], ids=["products", "SDPA"])
+@pytest.mark.parametrize("alone", [True, False], ids=["products", "SDPA"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-def test_sequences_are_as_exact_by_products(monkeypatch, biased, products):
+def test_sequences_are_as_exact_by_products(monkeypatch, biased, alone):
     lengths = [7, 1, 192, 193, 4, 4, 0, 33, 513]
     batch = PackedBatch.from_lengths(lengths)
     q, k, v = torch.randn(sum(lengths), 3, 2, 16).unbind(1)
     bias = torch.randn(2, 513, 513) if biased else None
-    if not products:
-        monkeypatch.setattr(attention_torch, "takes_products", lambda *a: False)
+    monkeypatch.setattr(onednn_attention, "available", lambda: False)
     taken = multiplied(monkeypatch)
-    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "products": True}
+    options = {"scale": 0.3, "dropout_p": 0.0, "unfused": False, "one_by_one": alone}
     found = attention_torch.varlen_in_torch(q, k, v, batch, batch, bias=bias, **options)
     expected = [7, 1, 192, 193, 4, 4, 33] if biased else [7, 1, 192, 33]
-    assert taken == (expected if products else [])
+    assert taken == (expected if alone else [])
     monkeypatch.undo()
 
     def specification(q, k, v, bias):

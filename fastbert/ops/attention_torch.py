@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import PackedBatch
+from . import onednn_attention
 from .backend import watched
 from .gradient import wants_gradient
 
-__all__ = ["by_products", "padded_in_torch", "takes_products", "varlen_in_torch"]
+__all__ = ["padded_in_torch", "varlen_in_torch", "way_of_one"]
 
 # Tokens of a sequence up to which two products and a softmax in between are faster than SDPA in
-# fp32. With a bias on two EPYC cores with AVX-512 0.4 to 0.9 of its time, with AVX2 0.4 to 0.6, on
-# one core and for sequences of one length together as well (12 heads of 32 and 64; a whole MPNet of
-# MiniLM's size takes 0.53 to 0.98). Without one where a sequence is alone in its length: 0.6 to
-# 0.85 on AVX-512, a whole MiniLM 0.95 to 0.98 and base 0.98 to 1.00 (AVX2: 0.97 to 1.00), of one
-# text or of a ragged batch. Batches of one length would take 0.99 to 1.06.
+# fp32, where oneDNN's graph (`onednn_attention`) does not take it. With a bias on two EPYC cores
+# with AVX-512 0.4 to 0.9 of its time, with AVX2 0.4 to 0.6, on one core and for sequences of one
+# length together as well (12 heads of 32 and 64; a whole MPNet of MiniLM's size takes 0.53 to
+# 0.98). Without one where a sequence is alone in its length: 0.6 to 0.85 on AVX-512, a whole MiniLM
+# 0.95 to 0.98 and base 0.98 to 1.00 (AVX2: 0.97 to 1.00), of one text or of a ragged batch. Batches
+# of one length would take 0.99 to 1.06.
 _BIASED_UP_TO = 512
 _ALONE_UP_TO = 192
 _NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")  # with beta=0
@@ -58,15 +62,15 @@ def varlen_in_torch(
     dropout_p: float,
     unfused: bool,
     bias: Tensor | None = None,
-    products: bool = False,
+    one_by_one: bool = False,
 ) -> Tensor:
     """SDPA over runs of equally long neighbours: views of the packed rows, one copy at the end.
 
     One copy in the gradient too: that of a slice would be all rows for every run.
 
     Args:
-        products: sequences may run `by_products` (inference), where `takes_products` says so.
-            Without a bias their bits are then not those beside another one of their length.
+        one_by_one: in inference each sequence may run by itself, where there is a `way_of_one`.
+            Without a bias a short one's bits are then not those beside another one of its length.
     """
     if keys is not batch and keys.lengths != batch.lengths:
         return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
@@ -74,9 +78,10 @@ def varlen_in_torch(
     runs = batch.runs()
     rows = (t.split([count * length for count, length in runs]) for t in (q, k, v))
     for (count, length), *run in zip(runs, *rows, strict=True):
-        if products and takes_products(q, count, length, bias):
-            each = zip(*(t.transpose(0, 1).split(length, 1) for t in run), strict=True)
-            parts += [by_products(*one, scale, bias).transpose(0, 1) for one in each]
+        attend = way_of_one(run[0], count, length, scale, bias) if one_by_one else None
+        if attend is not None:
+            each = zip(*(t.split(length) for t in run), strict=True)
+            parts += [attend(*one)[:length] for one in each]
             continue
         run = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)
         mask = None if bias is None else bias[:, :length, :length]
@@ -87,26 +92,44 @@ def varlen_in_torch(
     return torch.cat(parts) if parts else q.new_zeros(q.shape)
 
 
-def takes_products(q: Tensor, count: int, length: int, bias: Tensor | None) -> bool:
-    """Whether so many neighbours of one length are faster `by_products`."""
-    up_to = _BIASED_UP_TO if bias is not None else _ALONE_UP_TO if count == 1 else 0
-    return 0 < length <= up_to and q.dtype == torch.float32
-
-
-def by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Attention in one sequence as two products with a softmax in between, for inference on a CPU.
+def way_of_one(
+    q: Tensor, count: int, length: int, scale: float, bias: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What attends in one sequence after the other, for inference on a CPU, where that is faster
+    than SDPA in all at once, else None.
 
     Args:
-        q, k, v: fp32 ``[H, S, D]``.
-        bias: ``[H, S or more, S or more]`` of finite numbers, or None.
+        q: ``[rows, H, D]``, all sequences, or one and rows behind it that may hold anything finite.
+        count: sequences that are neighbours.
+        length: tokens of each.
+        scale: factor for the scores.
+        bias: ``[H, length or more, length or more]`` of finite numbers, or None.
 
     Returns:
-        ``[H, S, D]``.
+        ``q, k, v [rows, H, D] -> [length or more, H, D]``.
     """
-    length = q.shape[1]
+    if length == 0 or q.dtype != torch.float32:
+        return None
+    if bias is None:
+        one = q if count == 1 else q[:length]
+        function = onednn_attention.prepared(one, length, scale)
+        if function is not None:
+            return function
+    if length <= (_BIASED_UP_TO if bias is not None else _ALONE_UP_TO if count == 1 else 0):
+        return partial(_by_products, length, scale, bias)
+    return None
+
+
+def _by_products(
+    length: int, scale: float, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Two products with a softmax in between."""
+    if q.shape[0] > length:
+        q, k, v = q[:length], k[:length], v[:length]
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     scores, beta = (_NOT_READ, 0) if bias is None else (bias[:, :length, :length], 1)
     scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=beta, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v)
+    return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
 
 
 def _cross_in_torch(
