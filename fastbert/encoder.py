@@ -159,7 +159,8 @@ def encode_on_onednn(
     """
     count = hidden.shape[0]
     more = onednn.bucket_of(count) - count
-    hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
+    if more:  # by copies of a row: finite where that is, which attention asks for
+        hidden = torch.cat((hidden, hidden[-1:].expand(more, -1)))
     multiply = _multiply_pre_norm_layer if each[0].pre_norm else _multiply_layer
     for weights in each:
         hidden = multiply(hidden, batch, weights, products)

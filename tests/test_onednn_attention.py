@@ -124,6 +124,17 @@ def test_layers_attend_in_a_graph_where_that_is_a_gain(lengths, expected, mode, 
         assert_within_budget(found[real], exact, hidden(theirs, inputs)[real], "hidden states")
 
 
+def test_rows_behind_a_text_are_finite_where_the_text_is():
+    """Without eps a row of zeros has no norm."""
+    theirs, ours = pair("BertModel", max_position_embeddings=160, layer_norm_eps=0.0)
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model.encoder.layer[0].attention.output.dense.weight.zero_()
+            model.encoder.layer[0].attention.output.dense.bias.zero_()
+    inputs = batch_of([85])
+    assert torch.allclose(hidden(ours, inputs), hidden(theirs, inputs), atol=1e-5)
+
+
 def test_threads_get_what_one_gets():
     """They compile at the same time, too."""
     onednn_attention._function.cache_clear()
