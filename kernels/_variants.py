@@ -329,7 +329,8 @@ def _softmax(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[
     tensors = dict.fromkeys(("y_ptr", "x_ptr"))
     for width in (16, 128, 512, 8192):
         for tile in _changed([softmax_tile(width, arch)], fields):
-            constants = {"ROWS": tile.rows, "BLOCK_N": tile.block_n}
+            # The compiler takes a stride of 1 as a constant.
+            constants = {"ROWS": tile.rows, "BLOCK_N": tile.block_n, "stride_mask_n": 1}
             for kind, is_bool in ((None, False), ("*i1", True)):
                 yield _variant(
                     softmax._softmax_fwd_kernel,

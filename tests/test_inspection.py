@@ -43,6 +43,12 @@ def polynomial(y_ptr, x_ptr, steps, N: tl.constexpr):
     tl.store(y_ptr + offs, y)
 
 @triton.jit
+def stride(y_ptr, x_ptr, step, N: tl.constexpr):
+    """Neighbours lie as far apart as somebody says."""
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs * step))
+
+@triton.jit
 def hoard(y_ptr, x_ptr, N: tl.constexpr):
     """Needs 512 values of one thread at a time: more than it has registers."""
     offs = tl.arange(0, N)
@@ -60,6 +66,7 @@ out = [
     inspect_variant(variant(copy, pointers, {"N": 512}, 4, 512)).facts(),
     inspect_variant(variant(polynomial, {**pointers, "steps": "i32"}, {"N": 32}, 1, 32)).facts(),
     inspect_variant(variant(hoard, pointers, {"N": 16384}, 1, 16384)).facts(),
+    inspect_variant(variant(stride, {**pointers, "step": "i32"}, {"N": 512}, 4, 512)).facts(),
 ]
 print(json.dumps(out))
 '''
@@ -134,6 +141,31 @@ def test_a_kernel_with_too_many_values_is_seen_to_spill(known):
     assert hoard["registers"] >= 64 and hoard["stack"] >= 4 * (512 - 255)
     assert hoard["spill_stores"] > 0 and hoard["spill_loads"] > 0
     assert any("bytes of stack" in fault for fault in hoard["faults"])
+
+
+@pytest.mark.slow
+def test_rows_that_are_read_in_small_pieces_are_refused(known):
+    copy, short, _, stride = known
+    assert stride["memory_access"] == {"load 32": 4, "store 128": 1}
+    assert stride["faults"] == ["most is read by loads of less than 64 bits"]
+    assert not copy["faults"] and not short["faults"], "32 values for 32 threads"
+
+
+def waste_of(special: float, constants: dict, dtype=torch.bfloat16) -> list[str]:
+    from fastbert.workbench.inspection import waste
+
+    variant = SimpleNamespace(element="score", dtype=dtype, constants=constants)
+    return waste(SimpleNamespace(variant=variant, per_element={"special": special}))
+
+
+def test_scores_that_are_computed_twice_are_refused():
+    plain = {"bias_ptr": None}
+    assert waste_of(2.06, plain) == ["2.1 exponentials a score"]
+    assert (
+        not waste_of(1.5, plain)
+        and not waste_of(2.0, {})
+        and not waste_of(4.0, plain, torch.float32)
+    )
 
 
 # ---- reading ----

@@ -74,6 +74,7 @@ import dataclasses, json
 from fastbert.kernels._cards import LIMITS
 from fastbert.kernels._compile import compile_variant, faults
 from fastbert.kernels._variants import variants
+from fastbert.workbench.inspection import inspect_variant
 
 # Too large for one warp group: its wgmma are serialised on sm_90, and it spills on sm_80.
 tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
@@ -86,11 +87,16 @@ for arch in (90, 80):
     shared = LIMITS[arch].shared_per_program + 1
     broken = dataclasses.replace(found, shared=shared, ptx="")
     reasons.append(faults(variant, broken))
+
+# Four of eight warps have rows of their own, the others compute theirs again.
+chosen = variants("attention", 80, tile={"block_m": 64, "block_n": 128, "num_warps": 8})
+variant = next(v for v in chosen if "D64 64x128 single packed" in v.name)
+reasons.append(inspect_variant(variant).faults)
 print(json.dumps(reasons))
 """
 
 
-def test_the_screen_rejects_tiles_that_are_too_large(tmp_path):
+def test_the_screen_rejects_tiles_of_the_wrong_size(tmp_path):
     """Otherwise the test above could not fail.
 
     The second time, Triton's cache holds the kernels, and must not hide what ptxas warned of.
@@ -98,9 +104,10 @@ def test_the_screen_rejects_tiles_that_are_too_large(tmp_path):
     for _ in range(2):
         result = run_without_interpreter("-c", PROBE, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
-    hopper, no_wgmma, ampere, no_mma = json.loads(result.stdout.splitlines()[-1])
+    hopper, no_wgmma, ampere, no_mma, twice = json.loads(result.stdout.splitlines()[-1])
     assert any("serialised wgmma" in reason for reason in hopper), hopper
     assert any("bytes of stack" in reason for reason in ampere), ampere
+    assert twice == ["2.1 exponentials a score"]
     for reasons, missing in ((no_wgmma, "no wgmma"), (no_mma, "no mma")):
         assert missing in reasons
         assert any("bytes of shared memory" in reason for reason in reasons)

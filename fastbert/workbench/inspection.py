@@ -8,6 +8,7 @@ with 1 KiB reserved for each, and the scarcest resource decides.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +23,16 @@ from .hazards import hazards
 
 __all__ = [
     "Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_parts", "roofline_seconds",
+    "waste",
 ]  # fmt: skip
 
 _REGISTER_UNIT = 256  # registers of a warp are handed out in this many
 _QUARTERS = 4  # of a multiprocessor; each has a quarter of the registers and of the warps
 _RESERVED_SHARED = 1024  # bytes of shared memory that the system keeps per program
+# What a kernel takes at most that does nothing twice. A score has one exponential, and shares
+# what a row has; of 16-bit scores without a bias alone, whose layout is that of the products.
+_SPECIAL_A_SCORE = 1.6
+_NARROW = 64  # bits of a thread's load; of rows at most half may come by narrower ones
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,29 @@ class Inspection:
         }
 
 
+def waste(found: Inspection) -> list[str]:
+    """What a variant does twice, or in small pieces, in words; empty if nothing.
+
+    Warps that share no rows of a tile compute all of them each, which shows in the exponentials. A
+    row that is too short to be read otherwise is read as it can be.
+    """
+    variant, special = found.variant, found.per_element.get("special", 0.0)
+    plain = variant.dtype.itemsize == 2 and variant.constants.get("bias_ptr", 0) is None
+    if variant.element == "score":
+        twice = plain and special > _SPECIAL_A_SCORE
+        return [f"{special:.2g} exponentials a score"] * twice
+    if variant.element == "value":
+        bits = Counter()
+        for kind, count in found.listing.widths.items():
+            name, _, width = kind.rpartition(" ")
+            if name != "store":
+                bits[int(width) < _NARROW] += int(width) * count
+        wide_enough = variant.elements * variant.dtype.itemsize >= 32 * variant.num_warps * 8
+        if wide_enough and bits[True] > bits[False]:
+            return [f"most is read by loads of less than {_NARROW} bits"]
+    return []
+
+
 def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspection:
     """Read a variant, which is compiled for that unless it comes compiled.
 
@@ -182,9 +211,9 @@ def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspe
     artefact = artefact or compile_variant(variant)
     wrong = faults(variant, artefact)
     if "wgmma" in artefact.matrix_units:
-        found = hazards(artefact.sass)
-        wrong += [f"registers of a product in flight are touched {len(found)} times"] * bool(found)
-    return Inspection(
+        times = len(hazards(artefact.sass))
+        wrong += [f"registers of a product in flight are touched {times} times"] * bool(times)
+    found = Inspection(
         variant=variant,
         artefact=artefact,
         occupancy=occupancy(
@@ -195,3 +224,5 @@ def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspe
         ),
         faults=wrong,
     )
+    found.faults.extend(waste(found))
+    return found
