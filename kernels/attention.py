@@ -59,8 +59,20 @@ def load_lse(lse_ptr, offs_m, length):
 
 
 @triton.jit
+def _like_a_product(x):
+    """The same values where the matrix units leave theirs, as the start of a sum of nothing.
+
+    What is read from memory lies otherwise in the registers of a program, and the compiler would
+    compute scores for both, in forward up to three times.
+    """
+    nothing = tl.zeros([x.shape[0], 16], tl.float16)
+    return tl.dot(nothing, tl.zeros([16, x.shape[1]], tl.float16), x)
+
+
+@triton.jit
 def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q,
-                len_k, scale_log2, CHECK_KEYS: tl.constexpr):  # fmt: skip
+                len_k, scale_log2, CHECK_KEYS: tl.constexpr,
+                LIKE_A_PRODUCT: tl.constexpr = False):  # fmt: skip
     """Scores with -inf where a query may not look; ``rows`` and ``columns`` are expanded like
     ``s``, either way round.
 
@@ -74,7 +86,10 @@ def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_
             bias = tl.load(bias_ptrs, mask=(rows < len_q) & (columns < len_k), other=0.0)
         else:
             bias = tl.load(bias_ptrs, mask=rows < len_q, other=0.0)
-        s = s * scale_log2 + bias.to(tl.float32) * LOG2E
+        bias = bias.to(tl.float32) * LOG2E
+        if LIKE_A_PRODUCT:
+            bias = _like_a_product(bias)
+        s = s * scale_log2 + bias
     if key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
@@ -86,7 +101,7 @@ def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_
 @triton.jit
 def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
                    len_q, len_k, scale_log2, CHECK_KEYS: tl.constexpr,
-                   INPUT_PRECISION: tl.constexpr):  # fmt: skip
+                   INPUT_PRECISION: tl.constexpr, FORWARD: tl.constexpr = False):  # fmt: skip
     """``a b^T`` and `mask_scores`: scores of queries and keys, either way round.
 
     A mask of keys alone is where the sum starts, -inf for those that are masked: the product is
@@ -102,7 +117,8 @@ def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, s
     else:
         s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
         s = mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
-                        len_q, len_k, scale_log2, CHECK_KEYS)  # fmt: skip
+                        len_q, len_k, scale_log2, CHECK_KEYS,
+                        FORWARD and a.dtype != tl.float32)  # fmt: skip
     return s
 
 
@@ -117,7 +133,7 @@ def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     return masked_product(
         q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q,
-        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION,
+        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION, True,
     )  # fmt: skip
 
 
