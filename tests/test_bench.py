@@ -174,6 +174,26 @@ def test_a_faster_call_is_found_to_be_faster(monkeypatch):
     assert times == pytest.approx({"short": 0.004, "long": 0.02})
 
 
+def test_nobody_is_timed_while_the_threads_of_another_spin(monkeypatch):
+    """ONNX Runtime's do for 32 ms, and have one of two cores then."""
+    clock = FakeTime()
+    clock.install(monkeypatch)
+    spinning = [-math.inf]
+
+    def spins(_):
+        clock.sleep(0.003)
+        spinning[0] = clock.now + 0.032
+
+    runs = {
+        "spins": spins,
+        "other": lambda _: clock.sleep(0.008 if clock.now < spinning[0] else 0.004),
+    }
+    samples = interleave(
+        {n: WallClock().prepare(run, [None]) for n, run in runs.items()}, seconds=1
+    )
+    assert {round(s.wall, 6) for s in samples["other"]} == {0.004}
+
+
 # ---- workloads ----
 
 

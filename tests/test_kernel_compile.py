@@ -71,6 +71,7 @@ def test_what_is_not_as_recorded_is_found(tmp_path):
 
 PROBE = """
 import dataclasses, json
+import torch
 from fastbert.kernels._cards import LIMITS
 from fastbert.kernels._compile import compile_variant, faults
 from fastbert.kernels._variants import variants
@@ -92,6 +93,11 @@ for arch in (90, 80):
 chosen = variants("attention", 80, tile={"block_m": 64, "block_n": 128, "num_warps": 8})
 variant = next(v for v in chosen if "D64 64x128 single packed" in v.name)
 reasons.append(inspect_variant(variant).faults)
+
+# A bias is read in another layout than a product's, in which scores were computed again.
+chosen = variants("attention", 90, dtypes=(torch.bfloat16,))
+variant = next(v for v in chosen if "128x64 online padded, mask and bias per query" in v.name)
+reasons.append(inspect_variant(variant).per_element["special"])
 print(json.dumps(reasons))
 """
 
@@ -104,10 +110,11 @@ def test_the_screen_rejects_tiles_of_the_wrong_size(tmp_path):
     for _ in range(2):
         result = run_without_interpreter("-c", PROBE, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
-    hopper, no_wgmma, ampere, no_mma, twice = json.loads(result.stdout.splitlines()[-1])
+    hopper, no_wgmma, ampere, no_mma, twice, biased = json.loads(result.stdout.splitlines()[-1])
     assert any("serialised wgmma" in reason for reason in hopper), hopper
     assert any("bytes of stack" in reason for reason in ampere), ampere
     assert twice == ["2.1 exponentials a score"]
+    assert 1 < biased < 1.2, "exponentials a score, and what a row has"
     for reasons, missing in ((no_wgmma, "no wgmma"), (no_mma, "no mma")):
         assert missing in reasons
         assert any("bytes of shared memory" in reason for reason in reasons)

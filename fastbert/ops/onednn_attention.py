@@ -35,7 +35,7 @@ __all__ = ["available", "prepared"]
 # AVX2 a MiniLM takes 0.97 to 1.03 of its time; on others it was not tried.
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FROM, _COPIED_FROM = (96, 160) if _AVX512 else (math.inf, math.inf)
-# oneDNN shares heads out among threads. With fewer for each it does not fuse: not measured.
+# oneDNN shares heads out among threads; with fewer for each this was not measured.
 _HEADS_A_THREAD = 2
 _lock = threading.Lock()
 
