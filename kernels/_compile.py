@@ -120,7 +120,11 @@ def compile_variant(variant: Variant) -> Artefact:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", variant.arch, 32),
-            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+            options={
+                "num_warps": variant.num_warps,
+                "num_stages": variant.num_stages,
+                "maxnreg": variant.max_registers,
+            },
         )
     return Artefact(
         **_said(log.text),

@@ -42,7 +42,7 @@ def launch(
         grid: programs, one to three numbers.
         args: what the kernel takes at run time, in its order; a number that is a float must be one
             in every launch.
-        constants: what it takes as ``tl.constexpr``, and ``num_stages``.
+        constants: what it takes as ``tl.constexpr``, ``num_stages``, and ``maxnreg``, None for any.
     """
     note = None
     if _notes.made is not None:

@@ -48,7 +48,8 @@ MAX_ROW = 8192
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Queries and keys per step, the padded head size; ``single``: one step holds all keys."""
+    """Queries and keys per step, the padded head size; ``single``: one step holds all keys;
+    ``max_registers`` of a thread, or None for as many as ptxas likes (`_registers.limited`)."""
 
     block_m: int
     block_n: int
@@ -56,6 +57,7 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     single: bool
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class GemmTile:
     group_m: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -378,7 +381,7 @@ def attention_bwd_tiles(
 _GEMM = {
     80: GemmTile(128, 128, 64, 8, 8, 3),
     89: GemmTile(64, 128, 64, 8, 4, 3),
-    90: GemmTile(128, 128, 64, 8, 8, 3),
+    90: GemmTile(128, 128, 64, 8, 8, 3, max_registers=128),  # two programs a multiprocessor
 }
 
 

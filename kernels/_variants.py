@@ -27,6 +27,7 @@ from . import (
 )
 from ._common import ACTIVATIONS
 from ._cost import Cost
+from ._registers import TYPE_NAMES, Form, attention_label, limited_for, variant_name
 from ._tiles import (
     AttentionTile,
     GemmTile,
@@ -44,7 +45,6 @@ from ._tiles import (
 __all__ = ["KERNELS", "Kernel", "Variant", "variants"]
 
 Tile = AttentionTile | GemmTile | RowTile
-_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Variant:
     def num_stages(self) -> int:
         return getattr(self.tile, "num_stages", 3)
 
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread; None for as many as ptxas likes."""
+        return getattr(self.tile, "max_registers", None)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -107,10 +112,10 @@ def _variant(
     kernel, label, arch, dtype, pointers, none, constants, tile, elements, example, *, has_dot=False
 ):  # fmt: skip
     constants = {**dict.fromkeys(none), **constants}
-    value = f"*{_TYPE[dtype]}"
+    value = f"*{TYPE_NAMES[dtype]}"
     pointers = {name: kind or value for name, kind in pointers.items()}
     return Variant(
-        name=f"{kernel.__name__.strip('_')} sm_{arch} {_TYPE[dtype]} {label}",
+        name=variant_name(kernel, arch, dtype, label),
         kernel=kernel,
         arch=arch,
         dtype=dtype,
@@ -136,7 +141,7 @@ def _changed(tiles: list[Tile], fields: dict[str, int]) -> list[Tile]:
     return list(dict.fromkeys(dataclasses.replace(tile, **fields) for tile in tiles))
 
 
-def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tuple]:
+def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[Form, tuple]:
     """What is there besides q, k and v, what not, for which head sizes, what else is constant.
 
     One head size for each row of the tables and one between them; backward has four kernels for
@@ -148,50 +153,55 @@ def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[str, tu
     masked = ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr", "seed_ptr"))
     biased = ({"key_mask_ptr": "*i1", "bias_ptr": None}, (*maps, "seed_ptr"))
     own, bert = (16, 32, 64, 128), (64,)
+    # The compiler takes a stride of 1 as a constant.
     forms = {
-        "packed": (*packed, (16, 32, 64, 96, 128), {}),
-        "packed, bias": (*packed_biased, own, {"stride_bias_k": 1}),
-        "padded, mask": (*masked, bert if backward else (32, 64, 128), {}),
-        # The compiler takes a stride of 1 as a constant.
-        "padded, mask and bias": (*biased, bert, {"stride_bias_k": 1}),
-        "padded, mask and bias per query": (*biased, own, {}),
+        Form(packed=True): (*packed, (16, 32, 64, 96, 128), {}),
+        Form(packed=True, bias="bias"): (*packed_biased, own, {"stride_bias_k": 1}),
+        Form(packed=False, mask=True): (*masked, bert if backward else (32, 64, 128), {}),
+        Form(packed=False, mask=True, bias="bias"): (*biased, bert, {"stride_bias_k": 1}),
+        Form(packed=False, mask=True, bias="bias per query"): (*biased, own, {}),
     }
     for form, head_dims, bits in (
-        ("packed", own, 8),
-        ("packed", bert, 16),
-        ("padded, mask", () if backward else bert, 8),
-        ("padded, mask and bias per query", own, 8),
+        (Form(packed=True), own, 8),
+        (Form(packed=True), bert, 16),
+        (Form(packed=False, mask=True), () if backward else bert, 8),
+        (Form(packed=False, mask=True, bias="bias per query"), own, 8),
     ):
         extra, none = forms[form][:2]
         none = tuple(name for name in none if name != "seed_ptr")
         extra = {**extra, "seed_ptr": "*i64"}
-        forms[f"{form}, dropout {bits} bit"] = (extra, none, head_dims, {"DROPOUT_BITS": bits})
+        forms[form._replace(dropout_bits=bits)] = (extra, none, head_dims, {"DROPOUT_BITS": bits})
     if dtype == torch.float32:
-        forms["packed, tf32"] = (*packed, (64, 128), {"INPUT_PRECISION": "tf32"})
+        forms[Form(packed=True, precision="tf32")] = (
+            *packed,
+            (64, 128),
+            {"INPUT_PRECISION": "tf32"},
+        )
     return forms
 
 
 def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
     tensors = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr"))
     tensors["lse_ptr"] = "*fp32"
+    kernel = attention._attention_fwd_kernel
     for form, (extra, none, head_dims, also) in _attention_forms(dtype).items():
         for head_dim in head_dims:
             tiles = attention_tiles(arch, dtype, head_dim, "bias_ptr" in extra)
             for tile in _changed(tiles, fields):
+                tile = limited_for(tile, kernel, arch, dtype, head_dim, form)
                 constants = {
                     "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                     "BLOCK_D": tile.block_d, "SINGLE": tile.single,
                     "RELOAD_Q": dtype == torch.float32, "INPUT_PRECISION": "ieee",
                     "DROPOUT_BITS": 0, **also,
                 }  # fmt: skip
-                step = "single" if tile.single else "online"
-                label = f"D{head_dim} {tile.block_m}x{tile.block_n} {step} {form}"
                 length = min(tile.block_n, 128) if tile.single else 512
                 cost = _cost.attention_cost([length] * 64, 12, head_dim, dtype.itemsize)
                 count = 64 * 12 * _up(length, tile.block_m) * _up(length, tile.block_n)
                 yield _variant(
-                    attention._attention_fwd_kernel, label, arch, dtype, {**tensors, **extra},
-                    none, constants, tile, (tile.block_m * tile.block_n, "score"),
+                    kernel, attention_label(kernel, head_dim, tile, form), arch, dtype,
+                    {**tensors, **extra}, none, constants, tile,
+                    (tile.block_m * tile.block_n, "score"),
                     (f"64 sequences of {length}, 12 heads", cost, count), has_dot=True,
                 )  # fmt: skip
 
@@ -218,6 +228,7 @@ def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     part, arch, dtype, head_dim, "bias_ptr" in extra, also.get("DROPOUT_BITS", 0)
                 )
                 for tile in _changed(tiles, fields):
+                    tile = limited_for(tile, kernel, arch, dtype, head_dim, form)
                     constants = {
                         "HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                         "BLOCK_D": tile.block_d, "INPUT_PRECISION": "ieee", "DROPOUT_BITS": 0,
@@ -228,7 +239,7 @@ def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Ite
                     cost = _cost.attention_bwd_cost([length] * 64, 12, head_dim, dtype.itemsize)
                     count = 64 * 12 * _up(length, tile.block_m) * _up(length, tile.block_n)
                     yield _variant(
-                        kernel, f"D{head_dim} {tile.block_m}x{tile.block_n} {form}", arch, dtype,
+                        kernel, attention_label(kernel, head_dim, tile, form), arch, dtype,
                         {n: t for n, t in pointers.items() if n in names},
                         [n for n in none if n in names],
                         constants, tile, (tile.block_m * tile.block_n, "score"),

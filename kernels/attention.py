@@ -26,6 +26,7 @@ from ._common import LOG2E
 from ._device import device_arch, input_precision
 from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._launch import launch
+from ._registers import limited
 from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
@@ -430,6 +431,8 @@ def _launch(
     assert scale > 0, "the scale must be positive: the largest score is found before scaling"
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "heads must be contiguous"
     bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
+    precision = input_precision(q.dtype)
+    tile = limited(tile, _attention_fwd_kernel, q, key_mask, bias, bits, precision)
     launch(
         _attention_fwd_kernel, grid,
         out, lse, q, k, v, key_mask, bias, seed if bits else None, *maps,
@@ -440,6 +443,6 @@ def _launch(
         *sizes, scale * LOG2E.value, threshold, dropout_scale,
         HEAD_DIM=q.shape[-1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_D=tile.block_d, SINGLE=tile.single, RELOAD_Q=q.dtype == torch.float32,
-        DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DROPOUT_BITS=bits, INPUT_PRECISION=precision,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from ._common import LOG2E
 from ._device import input_precision
 from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._launch import launch
+from ._registers import limited
 from ._tiles import AttentionTile, cdiv
 from .attention import load_lse, load_rows, mask_scores, strides_of, weights
 
@@ -170,6 +171,8 @@ def attention_bias_bwd(
     if dbias.numel() == 0 or q.numel() == 0:
         return dbias.zero_()
     bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
+    precision = input_precision(q.dtype)
+    tile = limited(tile, _attention_bwd_kernel_bias, q, key_mask, bias, bits, precision)
     tiles = cdiv(len_q, tile.block_m) * cdiv(len_k, tile.block_n)
     launch(
         _attention_bwd_kernel_bias, (tiles, kept_h, kept_b),
@@ -179,7 +182,7 @@ def attention_bias_bwd(
         batch_size, num_heads, len_q, len_k, scale * LOG2E.value, threshold, dropout_scale,
         HEAD_DIM=head_dim, SUM_SEQUENCES=over_b, SUM_HEADS=over_h,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-        DROPOUT_BITS=bits, INPUT_PRECISION=input_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DROPOUT_BITS=bits, INPUT_PRECISION=precision,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
     return dbias

@@ -9,6 +9,7 @@ from ._common import LOG2E
 from ._device import device_arch, input_precision
 from ._dropout import dropout_levels
 from ._launch import launch
+from ._registers import limited
 from ._tiles import AttentionBwdTiles, AttentionTile, attention_bwd_tiles, cdiv
 from .attention import for_all, strides_of
 from .attention_bias_bwd import attention_bias_bwd
@@ -167,10 +168,12 @@ class _Common:
         }
 
     def _launch(self, kernel, grid, tile: AttentionTile, *args, **constants) -> None:
+        bits, precision = self.constants["DROPOUT_BITS"], self.constants["INPUT_PRECISION"]
+        tile = limited(tile, kernel, self.q, self.key_mask, self.bias, bits, precision)
         launch(
             kernel, grid, *args, **self.constants, **constants,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         )  # fmt: skip
 
     def launch_dq(self, tile, maps, grid, sizes) -> None:

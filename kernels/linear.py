@@ -167,7 +167,7 @@ def linear_activation_fwd(
         N=n, K=k, ACTIVATION=activation, SHORT_ERF=x.dtype.itemsize == 2,
         INPUT_PRECISION=input_precision(x.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
     return y
 

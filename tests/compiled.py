@@ -1,10 +1,10 @@
 """The record of everything that can be launched, compiled: ``make compiled`` writes it anew.
 
 ``compiled.txt`` has a line for each variant, architecture and dtype: a digest of all that the
-compiler was given (the device code with what it calls, signature, constants, warps, stages), and
-what came of it. Where both are as they were, and so is the compiler, the result is as it was: the
-test compiles what has another digest or none, and a sample of the rest, which has to come out as it
-stands there.
+compiler was given (the device code with what it calls, signature, constants, warps, stages, a limit
+of registers), and what came of it. Where both are as they were, and so is the compiler, the result
+is as it was: the test compiles what has another digest or none, and a sample of the rest, which has
+to come out as it stands there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,7 @@ from fastbert.kernels import _compile
 from fastbert.kernels._variants import KERNELS, Variant, variants
 from triton.language.core import constexpr
 
-from fastbert.workbench.inspection import inspect_variant
+from fastbert.workbench.inspection import inspect_variant, room_for_two
 
 RECORD = Path(__file__).with_name("compiled.txt")
 ARCHS = (80, 89, 90)
@@ -85,6 +85,8 @@ def digest_of(variant: Variant) -> str:
         device_code(variant.kernel), sorted(variant.signature.items()),
         sorted(variant.constants.items()), variant.num_warps, variant.num_stages, variant.arch,
     )  # fmt: skip
+    if variant.max_registers is not None:
+        given += (variant.max_registers,)
     return hashlib.sha256(repr(given).encode()).hexdigest()[:12]
 
 
@@ -100,12 +102,18 @@ def everything(kernels: tuple[str, ...] = tuple(KERNELS)) -> dict[str, Variant]:
     return found
 
 
-def compiled(name: str) -> tuple[Line, list[str]]:
-    """What comes of a variant, and what is wrong with it."""
+def compiled(name: str, look_for_room: bool) -> tuple[Line, list[str]]:
+    """What comes of a variant, and what is wrong with it.
+
+    Args:
+        look_for_room: whether it is wrong to be alone where two programs fit, which hangs on a few
+            registers and so on the compiler.
+    """
     variant = everything()[name]
     found = inspect_variant(variant)
     row = found.resources()
-    return Line(digest_of(variant), {field: row[field] for field in _FIELDS}), found.faults
+    wrong = found.faults + (room_for_two(found) if look_for_room else [])
+    return Line(digest_of(variant), {field: row[field] for field in _FIELDS}), wrong
 
 
 def read(path: Path = RECORD) -> tuple[str, dict[str, Line]]:
@@ -135,10 +143,11 @@ def sample(names: list[str]) -> Iterator[str]:
         begun.add(kernel)
 
 
-def compile_all(names: list[str]) -> dict[str, tuple[Line, list[str]]]:
+def compile_all(names: list[str], look_for_room: bool) -> dict[str, tuple[Line, list[str]]]:
     """`compiled` of each, in as many processes as there are cores."""
+    each = partial(compiled, look_for_room=look_for_room)
     with ProcessPoolExecutor(int(os.environ.get("WORKERS", os.cpu_count() or 1))) as pool:
-        return dict(zip(names, pool.map(compiled, names, chunksize=4), strict=True))
+        return dict(zip(names, pool.map(each, names, chunksize=4), strict=True))
 
 
 def check(path: Path, kernels: tuple[str, ...]) -> dict[str, list]:
@@ -154,7 +163,7 @@ def check(path: Path, kernels: tuple[str, ...]) -> dict[str, list]:
     same_compiler = known == compiler()
     changed = [n for n, d in digests.items() if n not in record or record[n].digest != d]
     names = sorted({*changed, *sample(list(all_of_them))}) if same_compiler else sorted(digests)
-    found = compile_all(names)
+    found = compile_all(names, same_compiler)
     faults = [f"{name}: {why}" for name, (_, faults) in found.items() for why in faults]
     if same_compiler:
         changed += [n for n, (line, _) in found.items() if record.get(n) not in (None, line)]
@@ -175,7 +184,7 @@ def main(path: str | None = None, *kernels: str) -> int:
     digests = {name: digest_of(variant) for name, variant in everything().items()}
     new = [n for n, d in digests.items()
            if known != compiler() or n not in record or record[n].digest != d]  # fmt: skip
-    found = compile_all(new)
+    found = compile_all(new, True)
     for name, (_, faults) in found.items():
         for why in faults:
             sys.stdout.write(f"{name}: {why}\n")

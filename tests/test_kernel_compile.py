@@ -75,7 +75,7 @@ import torch
 from fastbert.kernels._cards import LIMITS
 from fastbert.kernels._compile import compile_variant, faults
 from fastbert.kernels._variants import variants
-from fastbert.workbench.inspection import inspect_variant
+from fastbert.workbench.inspection import inspect_variant, room_for_two
 
 # Too large for one warp group: its wgmma are serialised on sm_90, and it spills on sm_80.
 tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
@@ -95,9 +95,16 @@ variant = next(v for v in chosen if "D64 64x128 single packed" in v.name)
 reasons.append(inspect_variant(variant).faults)
 
 # A bias is read in another layout than a product's, in which scores were computed again.
-chosen = variants("attention", 90, dtypes=(torch.bfloat16,))
+chosen = list(variants("attention", 90, dtypes=(torch.bfloat16,)))
 variant = next(v for v in chosen if "128x64 online padded, mask and bias per query" in v.name)
 reasons.append(inspect_variant(variant).per_element["special"])
+
+# Of eight warps: with dropout they are alone unless ptxas is given a limit.
+variant = next(v for v in chosen if "D64 128x64 online packed, dropout 8 bit" in v.name)
+for limit in (variant.max_registers, None):
+    tile = dataclasses.replace(variant.tile, max_registers=limit)
+    found = inspect_variant(dataclasses.replace(variant, tile=tile))
+    reasons.append([found.occupancy.programs, room_for_two(found)])
 print(json.dumps(reasons))
 """
 
@@ -110,11 +117,14 @@ def test_the_screen_rejects_tiles_of_the_wrong_size(tmp_path):
     for _ in range(2):
         result = run_without_interpreter("-c", PROBE, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
-    hopper, no_wgmma, ampere, no_mma, twice, biased = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout.splitlines()[-1])
+    hopper, no_wgmma, ampere, no_mma, twice, biased, limited, unlimited = found
     assert any("serialised wgmma" in reason for reason in hopper), hopper
     assert any("bytes of stack" in reason for reason in ampere), ampere
     assert twice == ["2.1 exponentials a score"]
     assert 1 < biased < 1.2, "exponentials a score, and what a row has"
+    assert limited == [2, []]
+    assert unlimited == [1, ["alone on a multiprocessor, where two fit with 128 registers"]]
     for reasons, missing in ((no_wgmma, "no wgmma"), (no_mma, "no mma")):
         assert missing in reasons
         assert any("bytes of shared memory" in reason for reason in reasons)

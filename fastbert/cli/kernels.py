@@ -180,7 +180,7 @@ def screen(
     _without_interpreter()
     from ..kernels._tiles import ARCHITECTURES
     from ..kernels._variants import KERNELS, variants
-    from ..workbench.inspection import inspect_variant
+    from ..workbench.inspection import inspect_variant, room_for_two
 
     dtypes = tuple(map(_dtype, dtype or ("bf16", "fp32")))
     bad = count = 0
@@ -188,7 +188,9 @@ def screen(
         for kernel in name or KERNELS:
             _known(kernel)
             for v in variants(kernel, architecture, dtypes=dtypes):
-                facts = inspect_variant(v).resources()
+                found = inspect_variant(v)
+                found.faults.extend(room_for_two(found))
+                facts = found.resources()
                 count += 1
                 bad += bool(facts["faults"])
                 if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 
 from ..kernels._cards import CARDS, LIMITS, Card
 from ..kernels._compile import Artefact, compile_variant, faults
+from ..kernels._registers import ONE_UNDER_36, registers_of_two
 from ..kernels._variants import Variant
 from . import sass
 from .hazards import hazards
 
 __all__ = [
     "Inspection", "Occupancy", "inspect_variant", "occupancy", "roofline_parts", "roofline_seconds",
-    "waste",
+    "room_for_two", "waste",
 ]  # fmt: skip
 
 _REGISTER_UNIT = 256  # registers of a warp are handed out in this many
@@ -32,6 +33,7 @@ _RESERVED_SHARED = 1024  # bytes of shared memory that the system keeps per prog
 # What a kernel takes at most that does nothing twice. A score has one exponential, and shares
 # what a row has; of 16-bit scores without a bias alone, whose layout is that of the products.
 _SPECIAL_A_SCORE = 1.6
+_MORE_FOR_TWO = 1.05  # times the instructions, at most, for room for a second program
 _NARROW = 64  # bits of a thread's load; of rows at most half may come by narrower ones
 
 
@@ -200,6 +202,24 @@ def waste(found: Inspection) -> list[str]:
         if wide_enough and bits[True] > bits[False]:
             return [f"most is read by loads of less than {_NARROW} bits"]
     return []
+
+
+def room_for_two(found: Inspection) -> list[str]:
+    """Whether a program that is alone on a multiprocessor need not be, in words; empty if it must.
+
+    Where registers allow no more than one, ptxas is asked once more, to do with as many as two
+    may have. They fit if that takes no stack and hardly more instructions.
+    """
+    variant, alone = found.variant, found.occupancy
+    if alone.programs != 1 or alone.limit != "registers" or variant.name in ONE_UNDER_36:
+        return []
+    if getattr(variant.tile, "max_registers", 0) is not None:  # has a limit, or cannot have one
+        return []
+    registers = registers_of_two(variant.num_warps)
+    two = inspect_variant(replace(variant, tile=replace(variant.tile, max_registers=registers)))
+    before, after = (sum(each.per_element.values()) for each in (found, two))
+    fits = two.occupancy.programs > 1 and not two.faults and after <= _MORE_FOR_TWO * before
+    return [f"alone on a multiprocessor, where two fit with {registers} registers"] * fits
 
 
 def inspect_variant(variant: Variant, artefact: Artefact | None = None) -> Inspection:

@@ -1,0 +1,151 @@
+"""How many registers a thread of attention may have, where fewer make room for a second program.
+
+ptxas hands out registers without asking how many programs then fit a multiprocessor. A kernel of
+eight warps that takes 130 is alone there, so that two warps of each scheduler have to hide what
+they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the variants that can do with
+that many, without a stack and with at most a twentieth more instructions in their inner loop. They
+were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
+one that is here and needs a stack. **Not timed on a GPU.**
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from ._device import device_arch
+from ._tiles import AttentionTile, _remember
+
+__all__ = [
+    "ONE_UNDER_36", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label", "limited",
+    "limited_for", "registers_of_two", "variant_name",
+]  # fmt: skip
+
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_REGISTERS = 65536  # of a multiprocessor, of every architecture here
+_UNIT = 8  # registers of a thread are handed out in this many
+
+
+class Form(NamedTuple):
+    """What a launch of attention has beside q, k and v, which is what its code depends on.
+
+    Attributes:
+        packed: sequences lie behind each other.
+        mask: of keys.
+        bias: ``"bias"`` whose keys lie next to each other, ``"bias per query"`` of any strides.
+        dropout_bits: of one draw; 0 without dropout.
+        precision: of fp32 products.
+    """
+
+    packed: bool
+    mask: bool = False
+    bias: str = ""
+    dropout_bits: int = 0
+    precision: str = "ieee"
+
+    def __str__(self) -> str:
+        text = "packed" if self.packed else "padded"
+        if beside := " and ".join(filter(None, ("mask" * self.mask, self.bias))):
+            text += f", {beside}"
+        if self.dropout_bits:
+            text += f", dropout {self.dropout_bits} bit"
+        return text if self.precision == "ieee" else f"{text}, {self.precision}"
+
+
+def variant_name(kernel, arch: int, dtype: torch.dtype, label: str) -> str:
+    """What a variant is called, here and in everything that the workbench prints."""
+    return f"{kernel.__name__.strip('_')} sm_{arch} {TYPE_NAMES[dtype]} {label}"
+
+
+def attention_label(kernel, head_dim: int, tile: AttentionTile, form: Form) -> str:
+    """What tells a variant of a kernel of attention from others."""
+    step = ""
+    if "fwd" in kernel.__name__:
+        step = " single" if tile.single else " online"
+    return f"D{head_dim} {tile.block_m}x{tile.block_n}{step} {form}"
+
+
+def registers_of_two(num_warps: int) -> int:
+    """Most registers of a thread with which two programs of so many warps fit."""
+    return min(255, _REGISTERS // (2 * 32 * num_warps) // _UNIT * _UNIT)
+
+
+def limited(
+    tile: AttentionTile,
+    kernel,
+    q: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dropout_bits: int,
+    precision: str,
+) -> AttentionTile:
+    """The tile as a launch of a kernel on these tensors has it.
+
+    Args:
+        q: packed, ``[T, H, D]``, or padded, ``[B, H, S, D]``.
+    """
+    kind = "" if bias is None else "bias" if bias.stride(-1) == 1 else "bias per query"
+    form = Form(q.dim() == 3, key_mask is not None, kind, dropout_bits, precision)
+    return limited_for(tile, kernel, device_arch(q.device), q.dtype, q.shape[-1], form)
+
+
+@_remember
+def limited_for(
+    tile: AttentionTile, kernel, arch: int, dtype: torch.dtype, head_dim: int, form: Form
+) -> AttentionTile:
+    """The tile with a limit of registers where `TWO_PROGRAMS` has the variant, else as it is.
+
+    bf16 stands for both 16-bit types, and sm_89 for sm_86.
+    """
+    known = torch.bfloat16 if dtype == torch.float16 else dtype
+    label = attention_label(kernel, head_dim, tile, form)
+    name = variant_name(kernel, 89 if arch == 86 else arch, known, label)
+    if tile.max_registers is not None or name not in TWO_PROGRAMS:
+        return tile
+    return dataclasses.replace(tile, max_registers=registers_of_two(tile.num_warps))
+
+
+TWO_PROGRAMS = frozenset(
+    """
+attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query
+attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias
+attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
+attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
+attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, bias
+attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query
+attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_dq sm_80 fp32 D64 32x32 packed, tf32
+attention_bwd_kernel_dq sm_89 bf16 D32 128x64 packed
+attention_bwd_kernel_dq sm_89 fp32 D64 32x32 packed, tf32
+attention_bwd_kernel_dq sm_90 bf16 D32 128x64 padded, mask and bias per query
+attention_bwd_kernel_dq sm_90 bf16 D64 128x64 padded, mask and bias
+attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
+attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
+attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query
+attention_fwd_kernel sm_80 bf16 D16 64x128 single padded, mask and bias per query
+attention_fwd_kernel sm_80 bf16 D32 128x64 online packed, dropout 8 bit
+attention_fwd_kernel sm_89 bf16 D16 64x128 single padded, mask and bias per query
+attention_fwd_kernel sm_89 bf16 D32 128x64 online packed, dropout 8 bit
+attention_fwd_kernel sm_90 bf16 D16 128x32 online padded, mask and bias per query
+attention_fwd_kernel sm_90 bf16 D16 128x32 online padded, mask and bias per query, dropout 8 bit
+attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 16 bit
+attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 8 bit
+attention_fwd_kernel sm_90 bf16 D64 128x64 online padded, mask, dropout 8 bit
+""".strip().splitlines()
+)
+
+# Fit as well with the compiler of triton 3.7, and not with that of 3.6: 8 to 256 bytes of stack.
+ONE_UNDER_36 = frozenset(
+    """
+attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias per query
+attention_bwd_kernel_dq sm_89 bf16 D16 128x64 padded, mask and bias per query
+attention_bwd_kernel_dq sm_90 bf16 D16 128x64 padded, mask and bias per query
+attention_bwd_kernel_dq sm_90 bf16 D64 128x64 packed, bias
+attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query, dropout 8 bit
+attention_fwd_kernel sm_80 bf16 D32 128x32 online padded, mask and bias per query, dropout 8 bit
+""".strip().splitlines()
+)
