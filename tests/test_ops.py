@@ -11,7 +11,7 @@ import fastbert
 from fastbert import ops
 from fastbert.ops import backend as backend_module  # the function and its module share a name
 from fastbert.ops import onednn
-from fastbert.ops.reference import attention_ref, attention_varlen_ref, linear_ref
+from fastbert.ops.reference import attention_ref, attention_varlen_ref, embed_ref, linear_ref
 from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches, assert_within_budget, with_gradients
 
@@ -159,6 +159,25 @@ def test_a_position_that_is_padding_gets_no_gradient_by_default_either(device, e
                     position_padding_idx=2)  # fmt: skip
     out.pow(3).sum().backward()
     assert position.grad.any(-1).tolist() == [True, True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("types", [None, [1, 0, 1]])
+@pytest.mark.parametrize("positions", [None, [4, 0, 2]])
+def test_embeddings_are_the_same_in_place_and_leave_their_tables(types, positions, on_torch):
+    """Without a gradient they are added up in place, to the same bits; not across dtypes."""
+    word, position, kind = torch.randn(3, 7, 8)
+    ids, types, positions = (
+        None if each is None else torch.tensor(each) for each in ([3, 3, 6], types, positions)
+    )
+    weight, bias = torch.randn(2, 8)
+    for table in (position, position.double()):
+        tables = (word, table, kind)
+        before = [t.clone() for t in tables]
+        last = (weight, bias) if table is position else (weight.double(), bias.double())
+        found = ops.embed(ids, positions, types, *tables, *last, eps=1e-5)
+        expected = embed_ref(ids, positions, types, *tables, *last, 1e-5)
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+        assert all(map(torch.equal, tables, before))
 
 
 def registered_calls(device):
@@ -377,6 +396,16 @@ BAD = {
         lambda x: ops.embed(torch.tensor([3]), torch.tensor([0]), None, x, x, None, x[0], x[0],
                             eps=0.0),
         ValueError, "from 0 to 2.*from 3 to 3",
+    ),
+    "embed, range of types": (
+        lambda x: ops.embed(torch.tensor([0]), torch.tensor([0]), torch.tensor([-1]), x, x, x,
+                            x[0], x[0], eps=0.0),
+        ValueError, "token_type_ids from 0 to 2.*from -1 to -1",
+    ),
+    "embed, range with a gradient": (
+        lambda x: ops.embed(torch.tensor([0]), torch.tensor([-2]), None, x, x.requires_grad_(),
+                            None, x[0], x[0], eps=0.0),
+        ValueError, "position_ids from 0 to 2.*from -2 to -2",
     ),
     "embed, dtype": (
         lambda x: ops.embed(x[0], x[0], None, x, x, None, x[0], x[0], eps=0.0),

@@ -77,6 +77,52 @@ def test_whatever_a_layer_computes_with_may_change(change):
     assert not torch.allclose(now, before), "the change changes nothing"
 
 
+def no_longer_plain(embeddings: nn.Module) -> None:
+    embeddings.word_embeddings.max_norm = 0.01
+
+
+OF_EMBEDDINGS = {
+    "words": lambda e: setattr(
+        e.word_embeddings, "weight", nn.Parameter(e.word_embeddings.weight * 3)
+    ),
+    "a table": lambda e: setattr(e, "position_embeddings", nn.Embedding(64, 32)),
+    "a value in place": lambda e: e.token_type_embeddings.weight.data.mul_(300),
+    "a norm's bias": lambda e: setattr(e.LayerNorm, "bias", nn.Parameter(torch.randn(32))),
+    "a norm": lambda e: setattr(e, "LayerNorm", nn.RMSNorm(32)),
+    "an eps": lambda e: setattr(e.LayerNorm, "eps", 0.5),
+    "dropout": lambda e: e.dropout.train(),
+    "a table's rule": no_longer_plain,
+}
+
+
+@pytest.mark.parametrize("change", OF_EMBEDDINGS.values(), ids=OF_EMBEDDINGS)
+def test_whatever_embeddings_compute_with_may_change(change):
+    ours = model()
+    before = hidden(ours)
+    with torch.no_grad():
+        change(ours.embeddings)
+    other = copy.deepcopy(ours)
+    torch.manual_seed(1)
+    now = hidden(ours)
+    torch.manual_seed(1)
+    assert torch.equal(now, hidden(other))
+    assert not torch.allclose(now, before), "the change changes nothing"
+
+
+def test_embeddings_are_read_once(monkeypatch):
+    found, read = [], plan.read_sums
+    for module in (plan, fastbert.families.model):
+        monkeypatch.setattr(module, "read_sums", lambda model: found.append(model) or read(model))
+    ours = model()
+    for _ in range(3):
+        hidden(ours)
+    assert found == [ours]
+    ours.embeddings.LayerNorm = nn.RMSNorm(32)  # no op takes it
+    for _ in range(3):
+        hidden(ours)
+    assert len(found) == 1 + 1 + 3
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list[nn.Module]:
     """The layers whose weights are read, one after the other."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from operator import is_
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ from .. import ops
 from ..encoder import normalised
 from ..ops.embedding import check_range
 from ..packing import PackedBatch, PaddedBatch
-from ..weights import Linear
+from ..weights import Linear, Norm, Projection
 from . import modules
 from .family import EmbeddingParts
 from .obstacle import say_once
 
-__all__ = ["check_inputs", "embed_rows", "lengths_of", "make_batch", "refuse_packed"]
+__all__ = [
+    "Sums", "check_inputs", "embed_rows", "lengths_of", "make_batch", "read_sums", "refuse_packed",
+]  # fmt: skip
 
 
 def check_inputs(
@@ -116,7 +119,7 @@ def make_batch(
     if attention_mask is None:
         lengths = _packed_lengths(model, shape, position_ids, kwargs)
         if lengths is None:
-            return PackedBatch.dense(*shape, x.device)
+            return _dense(*shape) if x.device.type == "cpu" else PackedBatch.dense(*shape, x.device)
         return PackedBatch.from_lengths(lengths, x.device)
     batch = PackedBatch.from_mask(attention_mask, x.device)
     if (reads_first and not batch.starts_real) or (by_column and _has_holes(attention_mask)):
@@ -124,6 +127,13 @@ def make_batch(
         # tokens keeps them apart.
         return PaddedBatch(shape, key_mask=attention_mask.to(x.device, torch.bool))
     return batch
+
+
+@lru_cache(maxsize=64)
+def _dense(batch_size: int, length: int) -> PackedBatch:
+    """A batch without padding on a CPU, where no stream has to have made it."""
+    with torch.inference_mode(False):
+        return PackedBatch.dense(batch_size, length, "cpu")
 
 
 def _has_holes(mask: Tensor) -> bool:
@@ -301,9 +311,58 @@ def _default_ids(
     return positions, _token_types(embeddings, positions, length, device)
 
 
+class Sums(NamedTuple):
+    """What embeddings compute with, as it was read of a model.
+
+    Attributes:
+        word, position, kind: the tables; a family may have no token types.
+        norm: None where there is none.
+        tensors: weights of the tables, weight and bias of the norm, where one op takes them: the
+            tables are plain ones and the norm reads as tensors. Else None.
+        paddings: rows of words and positions without a gradient.
+        dropout: its probability now.
+        projection: to the width of the layers, or None.
+    """
+
+    word: nn.Module
+    position: nn.Module
+    kind: nn.Module | None
+    norm: Norm | Callable[[Tensor], Tensor] | None
+    tensors: tuple[Tensor | None, ...] | None
+    paddings: tuple[int | None, int | None]
+    dropout: float
+    projection: Projection | None
+
+
+def read_sums(model: nn.Module) -> Sums:
+    """Of a model whose modules were looked at."""
+    embeddings, sums = model.embeddings, model.family.sums
+    word, position = getattr(embeddings, sums.word), getattr(embeddings, sums.position)
+    kind = None if sums.token_type is None else getattr(embeddings, sums.token_type)
+    norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
+    projection = model.family.projection_of(model)
+    tables, tensors = (word, position, kind), None
+    if (
+        isinstance(norm, Norm)
+        and all(table is None or modules.is_plain_embedding(table) for table in tables)
+        and (kind is None or kind.padding_idx is None)
+    ):
+        weights = (None if table is None else table.weight for table in tables)
+        tensors = (*weights, norm.weight, norm.bias)
+    return Sums(
+        *tables,
+        norm,
+        tensors,
+        paddings=tuple(getattr(table, "padding_idx", None) for table in (word, position)),
+        dropout=modules.dropout_p(getattr(embeddings, sums.dropout)) or 0.0,
+        projection=None if projection is None else modules.projection(projection),
+    )
+
+
 def embed_rows(
     model: nn.Module,
     batch: PackedBatch | PaddedBatch,
+    sums: Sums,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
@@ -313,36 +372,27 @@ def embed_rows(
     """The rows ``[T, E]`` that enter the first layer.
 
     Args:
+        sums: of the model.
         arguments: all of the call, of which a family may read more.
     """
-    embeddings, sums = model.embeddings, model.family.sums
+    embeddings, parts = model.embeddings, model.family.sums
     x = input_ids if inputs_embeds is None else inputs_embeds
 
     def rows(ids: Tensor) -> Tensor:
-        return batch.pack(ids.expand(x.shape[0], *ids.shape[1:]) if ids.shape[0] == 1 else ids)
+        one_for_all = ids.shape[0] == 1 and x.shape[0] != 1
+        return batch.pack(ids.expand(x.shape[0], *ids.shape[1:]) if one_for_all else ids)
 
-    if position_ids is None or (token_type_ids is None and sums.token_type is not None):
+    if position_ids is None or (token_type_ids is None and parts.token_type is not None):
         position_ids, types = _default_ids(
-            embeddings, sums, position_ids, input_ids, x.shape[1], x.device, alone=x.shape[0] == 1
+            embeddings, parts, position_ids, input_ids, x.shape[1], x.device, alone=x.shape[0] == 1
         )
         token_type_ids = types if token_type_ids is None else token_type_ids
     words = None if inputs_embeds is not None else rows(input_ids)
     positions = None if position_ids is None else rows(position_ids)
-    word, position = getattr(embeddings, sums.word), getattr(embeddings, sums.position)
-    kind = types = None
-    if sums.token_type is not None:
-        kind = getattr(embeddings, sums.token_type)
-        types = None if token_type_ids is None else rows(token_type_ids)
-    tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
-    norm = None if sums.norm is None else modules.norm(getattr(embeddings, sums.norm))
-    further = sums.further_sum(embeddings, arguments, rows, x.device)
-    plain = (
-        words is not None
-        and further is None
-        and isinstance(norm, tuple)
-        and all(table is None or modules.is_plain_embedding(table) for table in tables.values())
-        and (kind is None or kind.padding_idx is None)
-    )
+    word, position, kind, norm = sums[:4]
+    types = None if kind is None or token_type_ids is None else rows(token_type_ids)
+    further = parts.further_sum(embeddings, arguments, rows, x.device)
+    plain = sums.tensors is not None and words is not None and further is None
     is_one = x.shape[0] == 1 and (isinstance(batch, PaddedBatch) or batch.indices is None)
     if positions is None and not (plain and is_one):
         positions = batch.columns(x.device)
@@ -350,11 +400,11 @@ def embed_rows(
         types = torch.zeros_like(positions)
     if plain:
         hidden = ops.embed(
-            words, positions, types, word.weight, position.weight,
-            None if kind is None else kind.weight, *norm[:2], eps=norm.eps,
-            padding_idx=word.padding_idx, position_padding_idx=position.padding_idx,
+            words, positions, types, *sums.tensors, eps=norm.eps,
+            padding_idx=sums.paddings[0], position_padding_idx=sums.paddings[1],
         )  # fmt: skip
     else:
+        tables = {"input_ids": word, "token_type_ids": kind, "position_ids": position}
         ids = (words, types, positions)
         for (which, table), values in zip(tables.items(), ids, strict=True):
             if values is not None and isinstance(table, nn.Embedding):
@@ -364,10 +414,8 @@ def embed_rows(
         hidden = hidden + position(positions)
         hidden = hidden if further is None else hidden + further
         hidden = hidden if norm is None else normalised(hidden, norm)
-    dropout = modules.dropout_p(getattr(embeddings, sums.dropout))
-    hidden = F.dropout(hidden, dropout) if dropout else hidden
-    projection = model.family.projection_of(model)
+    hidden = F.dropout(hidden, sums.dropout) if sums.dropout else hidden
+    projection = sums.projection
     if projection is None:
         return hidden
-    projection = modules.projection(projection)
     return ops.linear(hidden, *projection) if isinstance(projection, Linear) else projection(hidden)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import repeat
-from operator import itemgetter
+from operator import is_, itemgetter
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,33 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-# The code that this package stands in for, as it was when it was first looked at: that of torch's
-# layers, and of each module of transformers that has a family.
+class _Code(NamedTuple):
+    """Functions as they were when they were first looked at, one behind the other.
+
+    Attributes:
+        owners: classes, or a module, whose attributes of these names they are.
+        functions: None for one that was replaced before.
+    """
+
+    owners: tuple[Any, ...]
+    names: tuple[str, ...]
+    functions: tuple[FunctionType | None, ...]
+
+    def same(self) -> bool:
+        """Whether nobody has replaced any since."""
+        return all(map(is_, map(getattr, self.owners, self.names, repeat(None)), self.functions))
+
+    def of(self, classes: set[type]) -> _Code:
+        """Without torch's layers and activations that none of these classes is or comes from."""
+        used = {base for cls in classes for base in cls.__mro__}
+        kept = [row for row in zip(*self, strict=True) if row not in _SHARED or row[0] in used]
+        return _Code(*zip(*kept, strict=True))
+
+
+# The code that this package stands in for: that of torch's layers, and of each module of
+# transformers that has a family.
 _SHARED = tuple((cls, "forward", cls.forward) for cls in (*_ROW_WISE, *_ACTIVATIONS))
-_CODE: dict[ModuleType, tuple[tuple[Any, str, FunctionType], ...]] = {}
+_CODE: dict[ModuleType, _Code] = {}
 _FORWARD_OF: dict[type, FunctionType] = {}
 _EAGER = "eager_attention_forward"
 
@@ -110,12 +133,12 @@ def learn(code: ModuleType, row_wise: Iterable[type[nn.Module]]) -> None:
     _FORWARDS.update(cls.forward for cls in row_wise)
     if hasattr(code, _EAGER):
         found.append((code, _EAGER, getattr(code, _EAGER)))
-    _CODE[code] = (*found, *_SHARED)
+    _CODE[code] = _Code(*zip(*found, *_SHARED, strict=True))
 
 
 def patched(code: ModuleType) -> str | None:
     """What somebody replaced in a family's module or in torch's layers, or None."""
-    for owner, name, function in _CODE[code]:
+    for owner, name, function in zip(*_CODE[code], strict=True):
         if getattr(owner, name, None) is not function:
             where = "" if owner is code else f"{owner.__name__}."
             return f"{where}{name} was replaced"
@@ -253,29 +276,37 @@ def _works_by_row(module: nn.Module) -> bool:
     return known and (forward is None or _wrapped_by_accelerate(forward))
 
 
-_WATCHED = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_modules"
+_HOOKS_OF = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
+_CHILDREN_OF = itemgetter("_modules")
 
 
 class Looked:
     """What was found out about the modules inside another one, for as long as they are the same.
 
     `still` compares what a module tree is made of with what was looked at: every module's class,
-    children, hooks and own ``forward``. Nothing can be changed, by whatever route, without one of
-    these being another. A tree with hooks is never remembered.
+    children, hooks and own ``forward``, and the functions of their classes. Nothing can be changed,
+    by whatever route, without one of these being another. A tree with hooks is never remembered.
+
+    It is asked in every call, when no cache holds anything of the modules any more: what it costs
+    is how many pieces of memory it looks at.
 
     Attributes:
         found: what was found out.
     """
 
-    def __init__(self, root: nn.Module, found: Any):
+    def __init__(self, root: nn.Module, found: Any, code: ModuleType):
         self.found = found
         self._children = dict(root._modules)
         self._modules = [m for child in root.children() for m in child.modules()]
         self._classes = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
-        self._state = [({}, {}, {}, {}, dict(m._modules)) for m in self._modules]
+        parents = [m for m in self._modules if m._modules]
+        self._parents = [m.__dict__ for m in parents]
+        self._children_of = [dict(m._modules) for m in parents]
+        self._leaves = [m.__dict__ for m in self._modules if not m._modules]
+        self._code = _CODE[code].of(set(self._classes))
 
     def still(self, root: nn.Module) -> bool:
         """Whether the modules inside ``root`` are those that were looked at, unwatched."""
@@ -283,7 +314,10 @@ class Looked:
             root._modules == self._children
             and list(map(type, self._modules)) == self._classes
             and not any(map(dict.__contains__, self._dicts, repeat("forward")))
-            and list(map(_WATCHED, self._dicts)) == self._state
+            and not any(map(any, map(_HOOKS_OF, self._dicts)))
+            and not any(map(_CHILDREN_OF, self._leaves))
+            and list(map(_CHILDREN_OF, self._parents)) == self._children_of
+            and self._code.same()
         )
 
     def __reduce__(self):

@@ -26,9 +26,10 @@ from ..weights import LayerWeights
 from . import known, modules
 from .drop_in import DropIn, twin_of
 from .family import Family
-from .inputs import check_inputs, embed_rows, make_batch, refuse_packed
+from .inputs import check_inputs, embed_rows, make_batch, read_sums, refuse_packed
 from .obstacle import Found, call_obstacle, examine, say_once
-from .plan import plan_of
+from .outputs import output_of
+from .plan import Plan, plan_of
 
 __all__ = [
     "Call", "PackedLayer", "PackedModel", "arguments_not_packed", "first_position", "requesting",
@@ -367,15 +368,16 @@ class PackedModel(DropIn):
             keep_padding,
             [] if want_hidden else None,
             [] if want_attentions else None,
-            _selected(want_hidden, len(family.layers(self)) + 1),
+            _selected(want_hidden, len(family.layers(self)) + 1) if want_hidden else None,
             forced(),
         )
+        plan = plan_of(self, found, _layer_weights)
+        sums = read_sums(self) if plan is None or plan.sums is None else plan.sums
         rows = embed_rows(
-            self, batch, input_ids, token_type_ids, position_ids, inputs_embeds,
-            inputs,
-        )  # fmt: skip
+            self, batch, sums, input_ids, token_type_ids, position_ids, inputs_embeds, inputs
+        )
         rows = call.record(rows)
-        rows = self._encoded(rows, call, found, bool(want_hidden or want_attentions))
+        rows = self._encoded(rows, call, plan, bool(want_hidden or want_attentions))
         if family.final_norm is not None:
             norm = modules.norm(self.get_submodule(family.final_norm))
             rows = call.record_instead(normalised(rows, norm))
@@ -388,22 +390,22 @@ class PackedModel(DropIn):
             )
         if first_only:
             last = call.first(last, rows)
-        output = family.output(last_hidden_state=rows if as_rows else last)
+        values = {"last_hidden_state": rows if as_rows else last}
         if pooled is not None:
-            output["pooler_output"] = pooled
+            values["pooler_output"] = pooled
         if want_hidden:
-            output["hidden_states"] = tuple(call.hidden_states)
+            values["hidden_states"] = tuple(call.hidden_states)
         if want_attentions:
-            output["attentions"] = tuple(call.attentions)
+            values["attentions"] = tuple(call.attentions)
             if "cross_attentions" in (self._can_record_outputs or ()):
-                output["cross_attentions"] = ()
+                values["cross_attentions"] = ()
+        output = output_of(family.output, **values)
         if as_rows:
             output.call = call
         return output
 
-    def _encoded(self, rows: Tensor, call: Call, found: Found, watching: bool) -> Tensor:
+    def _encoded(self, rows: Tensor, call: Call, plan: Plan | None, watching: bool) -> Tensor:
         """Rows behind the last layer."""
-        plan = plan_of(self, found, _layer_weights)
         if plan is not None and not watching:
             if not torch.is_grad_enabled():
                 run = self.frozen or encode_layers

@@ -119,7 +119,8 @@ def _look(model: nn.Module, family: Family) -> Found:
     looked = None if compiling else model.__dict__.get(_LOOKED)
     if looked is not None and looked.still(model):
         return looked.found
-    reason, pooler = _module_obstacle(model, family), getattr(model, "pooler", None)
+    reason = known.patched(family.code) or _module_obstacle(model, family)
+    pooler = getattr(model, "pooler", None)
     pools_rows = pooler is not None and _pools_rows(pooler, family)
     layers = [] if reason is not None else map(known.unwrapped, family.layers(model))
     parts, settings = family.parts, []
@@ -128,7 +129,7 @@ def _look(model: nn.Module, family: Family) -> Found:
         settings.append((parts.chunks_of(layer).__dict__, attention.__dict__))
     found = Found(reason, pools_rows, settings)
     if not compiling:
-        looked = known.Looked(model, found)
+        looked = known.Looked(model, found, family.code)
         if looked.still(model):
             model.__dict__[_LOOKED] = looked
     return found
@@ -207,7 +208,7 @@ def examine(model: nn.Module) -> Found:
         return _no("decoder mode (config.is_decoder) is not packed")
     if getattr(config, "is_causal", None):
         return _no("causal attention (config.is_causal) is not packed")
-    reason = known.patched(family.code) or _attention_obstacle(config) or _watched_by_all()
+    reason = _attention_obstacle(config) or _watched_by_all()
     if reason is not None:
         return _no(reason)
     found = _look(model, family)

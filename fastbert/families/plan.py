@@ -1,4 +1,4 @@
-"""The weights of a model's layers as they were read last time, for as long as they are the same.
+"""The weights of a model as they were read last time, for as long as they are the same.
 
 Where no hook watches and nobody stands in between (`fastbert.families.obstacle` has looked),
 reading a layer's modules takes as long as launching it, so it is done once. Tensors are never
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..weights import Layers, LayerWeights
+from ..weights import Layers, LayerWeights, Linear
 from . import known
+from .inputs import read_sums
 from .obstacle import Found, is_remembered
 
 __all__ = ["Plan", "plan_of"]
@@ -30,6 +31,7 @@ _PARAMETERS = itemgetter("_parameters")
 _NUMBERS: dict[type[nn.Module], Callable[[dict], Any]] = {
     nn.LayerNorm: itemgetter("eps", "normalized_shape"),
     nn.Dropout: itemgetter("p", "training"),
+    nn.Embedding: itemgetter("padding_idx", "max_norm", "sparse", "scale_grad_by_freq"),
 }
 
 
@@ -39,6 +41,7 @@ class Plan:
     Attributes:
         layers: in their order.
         by_layer: by their modules.
+        sums: what the embeddings compute with, where that is tensors and numbers alone.
         whole: whether all of their tensors are parameters, which are compared; a weight that
             another network makes is set as a plain attribute, and has to be read in every call.
         recomputes: whether a wrapper computes something again in backward, for which layers have to
@@ -49,7 +52,9 @@ class Plan:
         family = model.family
         self.found, self._training = found, torch.is_grad_enabled()
         self._dicts = [layer.__dict__ for layer in layers]
-        inside = [m for layer in layers for m in layer.modules()]
+        projection = family.projection_of(model)
+        parts = [*layers, model.embeddings, *([] if projection is None else [projection])]
+        inside = [m for part in parts for m in part.modules()]
         owners = [m for m in inside if m._parameters]
         self._owners = [m.__dict__ for m in owners]
         self._tables = [m._parameters for m in owners]
@@ -74,6 +79,10 @@ class Plan:
         self.layers = Layers([self.by_layer[layer] for layer in layers])
         compared = set(map(id, self._tensors))
         self.whole = compared.issuperset(map(id, _tensors_in(tuple(self.by_layer.values()))))
+        sums = read_sums(model)
+        tensors = _tensors_in((sums.tensors, sums.projection))
+        plain = sums.tensors is not None and isinstance(sums.projection, Linear | None)
+        self.sums = sums if plain and compared.issuperset(map(id, tensors)) else None
 
     def _read(self) -> list[Any]:
         implementations = [config._attn_implementation for config in self._configs]

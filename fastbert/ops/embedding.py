@@ -9,8 +9,8 @@ from .backend import resolve
 from .gradient import first_order_only, one_dtype, wants_gradient
 from .layernorm import layer_norm_bwd, norm_dtype
 from .recompute import remember
-from .reference import embed_ref
-from .registry import define
+from .reference import embed_ref, layer_norm_ref
+from .registry import define, takes_launches
 
 __all__ = ["check_range", "embed"]
 
@@ -168,7 +168,13 @@ def embed(
             raise ValueError(
                 f"embed: expected {name} on {table.device}, where its table is, got {ids.device}"
             )
-        check_range(name, ids, table.shape[0])
+        check_dtype(name, ids)
+
+    def check_ranges() -> None:
+        for name, ids, table in given:
+            if ids is not None:
+                check_range(name, ids, table.shape[0])
+
     in_torch = resolve(word.device, word.dtype) == "torch" or token_ids.numel() == 0
     if position_ids is None and not (in_torch and position_padding_idx is None):
         position_ids = torch.arange(len(token_ids), device=token_ids.device)
@@ -178,12 +184,50 @@ def embed(
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
     )  # fmt: skip
     if in_torch:
-        return embed_ref(*args, padding_idx, position_padding_idx)
+        try:
+            return _in_torch(*args, (padding_idx, position_padding_idx))
+        except IndexError:  # which does not say of what
+            check_ranges()
+            raise
+    check_ranges()
     dtype = norm_dtype(word)
     if not wants_gradient(word, position, token_type, weight, bias):
         return _embed(*args, False, dtype)[0]
     y, z, statistics = _Embed.apply(*args, (padding_idx, position_padding_idx, None), dtype)
     return y if torch.compiler.is_compiling() else remember(y, z, statistics, weight, bias)
+
+
+def _in_torch(
+    token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, paddings
+) -> Tensor:  # fmt: skip
+    """`embed_ref`, which is added up in place where nobody can tell."""
+    tables = [t for t in (word, position, token_type) if t is not None]
+    if (
+        wants_gradient(*tables, weight, bias)
+        or not takes_launches((token_ids, *tables))
+        or not all(t.dtype == word.dtype for t in tables)
+    ):
+        return embed_ref(
+            token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
+            *paddings,
+        )  # fmt: skip
+    total = torch.embedding(word, token_ids)
+    if token_type is not None:
+        types = token_type_ids
+        total += token_type[0] if types is None else torch.embedding(token_type, types)
+    places = position_ids
+    total += position[: len(token_ids)] if places is None else torch.embedding(position, places)
+    return layer_norm_ref(total, weight, bias, eps)
+
+
+def check_dtype(name: str, ids: Tensor) -> None:
+    """Raise for ids that are not integers.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"embed: expected {name} in int32 or int64, got {ids.dtype}")
 
 
 def check_range(name: str, ids: Tensor, rows: int) -> None:
@@ -193,8 +237,7 @@ def check_range(name: str, ids: Tensor, rows: int) -> None:
         TypeError: ids that are not integers.
         ValueError: ids outside 0 to ``rows - 1``.
     """
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embed: expected {name} in int32 or int64, got {ids.dtype}")
+    check_dtype(name, ids)
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
     if type(ids) is not Tensor:  # a fake tensor has no values
