@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .ops import onednn
+from .ops import onednn, onednn_layer
 from .ops.attention_kernels import MAX_DROPOUT_LENGTH, MAX_HEAD_SIZE
 from .ops.attention_torch import varlen_in_torch, way_of_one
 from .ops.backend import resolve
@@ -162,9 +162,39 @@ def encode_on_onednn(
     if more:  # by copies of a row: finite where that is, which attention asks for
         hidden = torch.cat((hidden, hidden[-1:].expand(more, -1)))
     multiply = _multiply_pre_norm_layer if each[0].pre_norm else _multiply_layer
+    if products is onednn and _is_short_text(hidden, batch, each[0]):
+        multiply = _multiply_at_once
     for weights in each:
         hidden = multiply(hidden, batch, weights, products)
     return hidden[:count] if more else hidden
+
+
+def _is_short_text(rows: Tensor, batch: PackedBatch, weights: LayerWeights) -> bool:
+    """Whether a layer like this may be one call of `onednn_layer`."""
+    return (
+        rows.shape[0] <= onednn_layer.UP_TO
+        and len(batch.lengths) == 1
+        and rows.dtype == torch.float32
+        and batch.bias is None
+        and not weights.pre_norm
+    )
+
+
+def _multiply_at_once(
+    hidden: Tensor, batch: PackedBatch, weights: LayerWeights, products: ModuleType
+) -> Tensor:
+    """`_multiply_layer` for one short text."""
+    rows = None
+    if weights.activation in onednn.EPILOGUES:
+        behind = (
+            *weights.attention_output, *weights.attention_norm,
+            *weights.intermediate, *weights.output, *weights.output_norm,
+        )  # fmt: skip
+        rows = onednn_layer.layer_of_one(
+            hidden, batch.lengths[0], weights.qkv, behind, activation=weights.activation,
+            head_size=weights.head_size, scale=weights.scale,
+        )  # fmt: skip
+    return _multiply_layer(hidden, batch, weights, products) if rows is None else rows
 
 
 def _multiply_layer(

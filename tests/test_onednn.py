@@ -16,7 +16,7 @@ import fastbert
 from fastbert import ops
 from fastbert.families import registry
 from fastbert.frozen import Frozen
-from fastbert.ops import attention_torch, onednn, onednn_attention
+from fastbert.ops import attention_torch, onednn, onednn_attention, onednn_layer
 from fastbert.ops.reference import attention_varlen_ref
 from fastbert.packing import PackedBatch
 from fastbert.testing import assert_matches, assert_within_budget
@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.mark.parametrize("rows", [9, 64, 65, 300])
 @pytest.mark.parametrize("apart_from", [65, math.inf], ids=["apart", "fused"])
 def test_a_gelu_is_as_exact_in_the_product_as_behind_it(monkeypatch, apart_from, rows):
-    monkeypatch.setattr(onednn, "_GELU_APART_FROM", apart_from)
+    monkeypatch.setattr(onednn, "GELU_APART_FROM", apart_from)
     behind = []
     monkeypatch.setattr(onednn, "_GELU_", lambda total: behind.append(len(total)) or F.gelu(total))
     x, weight, bias = torch.randn(rows, 48), torch.randn(80, 48), torch.randn(80)
@@ -80,6 +80,7 @@ def test_layers_attend_by_products_where_that_is_a_gain(
     family, lengths, expected, frozen, monkeypatch
 ):
     alone = multiplied(monkeypatch)
+    monkeypatch.setattr(onednn_layer, "UP_TO", 0)  # a layer piece by piece
     if family == "bert":
         theirs, ours = pair("BertModel")
     else:

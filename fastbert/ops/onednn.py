@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "DTYPES", "EPILOGUES", "WEIGHT_GRADIENT_FROM", "available", "blocks", "bucket_of", "multiply",
-    "nbytes", "packed", "product", "product_add",
+    "DTYPES", "EPILOGUES", "GELU_APART_FROM", "WEIGHT_GRADIENT_FROM", "available", "blocks",
+    "bucket_of", "multiply", "nbytes", "packed", "product", "product_add",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,7 +31,7 @@ EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", "")}
 # EPYC cores, 768 to 3072 values with the product: 128 rows 6.8 ms and 5.8, 1,024 rows 46.8 and
 # 37.2. In a model of MiniLM's size 1 to 2 % are lost below 64 rows and 3 to 7 % won from 128 on.
 # With AVX-512 the epilogue's takes 0.92 to 1.00 of the time of product and pass.
-_GELU_APART_FROM = 65 if torch.backends.cpu.get_cpu_capability() == "AVX2" else math.inf  # rows
+GELU_APART_FROM = 65 if torch.backends.cpu.get_cpu_capability() == "AVX2" else math.inf  # rows
 _GELU_ = torch.ops.aten.gelu_.default
 
 # Multiplications from which the gradient of a weight is oneDNN's. On two EPYC cores with AVX-512
@@ -75,7 +75,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 
 
 def _gelu_is_apart(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() // x.shape[-1] >= _GELU_APART_FROM
+    return x.dtype == torch.float32 and x.numel() // x.shape[-1] >= GELU_APART_FROM
 
 
 def product_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
