@@ -112,6 +112,8 @@ TWO_PROGRAMS = frozenset(
 attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query
 attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias
 attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
+attention_bwd_kernel_dkdv sm_80 fp32 D16 32x32 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
 attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, bias
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query
@@ -122,8 +124,9 @@ attention_bwd_kernel_dq sm_89 fp32 D64 32x32 packed, tf32
 attention_bwd_kernel_dq sm_90 bf16 D32 128x64 padded, mask and bias per query
 attention_bwd_kernel_dq sm_90 bf16 D64 128x64 padded, mask and bias
 attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
-attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
 attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
+attention_bwd_kernel_whole sm_89 bf16 D16 128x128 packed
+attention_bwd_kernel_whole sm_90 fp32 D128 16x32 packed, bias
 attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query
 attention_fwd_kernel sm_80 bf16 D16 64x128 single padded, mask and bias per query
 attention_fwd_kernel sm_80 bf16 D32 128x64 online packed, dropout 8 bit
@@ -142,6 +145,7 @@ ONE_UNDER_36 = frozenset(
     """
 attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed, dropout 8 bit
 attention_bwd_kernel_dq sm_89 bf16 D16 128x64 padded, mask and bias per query
 attention_bwd_kernel_dq sm_90 bf16 D16 128x64 padded, mask and bias per query
 attention_bwd_kernel_dq sm_90 bf16 D64 128x64 packed, bias

@@ -208,7 +208,7 @@ def _attention(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
 
 def _attention_bwd(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
     rows = ("dq_ptr", "dk_ptr", "dv_ptr", "do_ptr", "out_ptr", "q_ptr", "k_ptr", "v_ptr")
-    tensors = {**dict.fromkeys(rows), **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")}
+    tensors = {**dict.fromkeys(rows), **dict.fromkeys(("lse_ptr", "pairs_ptr"), "*fp32")}
     kernels = {
         "whole": attention_bwd_kernels._attention_bwd_kernel_whole,
         "dq": attention_bwd_kernels._attention_bwd_kernel_dq,

@@ -17,13 +17,14 @@ from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._launch import launch
 from ._registers import limited
 from ._tiles import AttentionTile, cdiv
-from .attention import load_lse, load_rows, mask_scores, strides_of, weights
+from .attention import load_rows, mask_scores, strides_of, weights
+from .attention_bwd_kernels import load_pairs
 
 __all__ = ["attention_bias_bwd"]
 
 
 @triton.jit
-def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, key_mask_ptr, bias_ptr, offs_m,
+def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr, offs_m,
                  offs_n, offs_d, first_m, first_n, stride_do_t, stride_q_t, stride_k_t, stride_v_t,
                  stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, key_0, key_1,
                  dropout_threshold, dropout_scale,
@@ -39,8 +40,7 @@ def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, key_mask_ptr, 
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, rest_q, HEAD_DIM, BLOCK_D, True)
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, rest_k, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, rest_k, HEAD_DIM, BLOCK_D, True)
-    lse = load_lse(lse_ptr, offs_m, rest_q)
-    delta = tl.load(delta_ptr + offs_m, mask=offs_m < rest_q, other=0.0)
+    lse, delta = load_pairs(pairs_ptr, offs_m, rest_q)
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     s = mask_scores(s, key_mask_ptr, bias_ptr, (first_m + offs_m)[:, None],
                     (first_n + offs_n)[None, :], stride_bias_q, stride_bias_k, len_q, len_k,
@@ -56,14 +56,14 @@ def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, key_mask_ptr, 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_mask_b", "num_sequences", "num_heads", "len_q",
+        "stride_pairs_b", "stride_pairs_h", "stride_mask_b", "num_sequences", "num_heads", "len_q",
         "len_k", "dropout_threshold",
     ]
 )  # fmt: skip
 def _attention_bwd_kernel_bias(
     dbias_ptr,  # [B or 1, H or 1, Sq, Sk], fp32, contiguous
     do_ptr, q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
-    lse_ptr, delta_ptr,  # [H, T] or [B, H, S], fp32
+    pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
     bias_ptr,  # [B, H, Sq, Sk] by strides
     seed_ptr,  # [1] int64 or None
@@ -72,7 +72,7 @@ def _attention_bwd_kernel_bias(
     stride_q_b, stride_q_t, stride_q_h,
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
-    stride_lse_b, stride_lse_h,
+    stride_pairs_b, stride_pairs_h,
     stride_mask_b,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     num_sequences, num_heads, len_q, len_k,
@@ -110,7 +110,7 @@ def _attention_bwd_kernel_bias(
             masks = key_mask_ptr
             if key_mask_ptr is not None:
                 masks = key_mask_ptr + sequence * stride_mask_b
-            statistics = sequence * stride_lse_b + head * stride_lse_h + row
+            pairs = sequence * stride_pairs_b + head * stride_pairs_h + 2 * row
             key_0, key_1 = 0, 0
             if DROPOUT_BITS:
                 key_0, key_1 = dropout_keys(seed_ptr, sequence, head)
@@ -119,7 +119,7 @@ def _attention_bwd_kernel_bias(
                 q_ptr + sequence * stride_q_b + row * stride_q_t + head * stride_q_h,
                 k_ptr + sequence * stride_k_b + column * stride_k_t + head * stride_k_h,
                 v_ptr + sequence * stride_v_b + column * stride_v_t + head * stride_v_h,
-                lse_ptr + statistics, delta_ptr + statistics, masks,
+                pairs_ptr + pairs, masks,
                 bias_ptr + sequence * stride_bias_b + head * stride_bias_h,
                 offs_m, offs_n, offs_d, first_m, first_n,
                 stride_do_t, stride_q_t, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k,
@@ -136,8 +136,7 @@ def attention_bias_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+    pairs: torch.Tensor,
     key_mask: torch.Tensor | None,
     bias: torch.Tensor,
     tile: AttentionTile,
@@ -150,9 +149,10 @@ def attention_bias_bwd(
     """The gradient of the bias of padded attention, or of one that packed sequences share.
 
     Args:
-        do, q, k, v, lse, key_mask, bias, scale, dropout_p, seed: as in
+        do, q, k, v, key_mask, bias, scale, dropout_p, seed: as in
             `fastbert.kernels.attention_bwd.attention_padded_bwd`.
-        delta: like lse, made by the gradients of q, k and v.
+        pairs: fp32 ``[H, T, 2]`` or ``[B, H, Sq, 2]``, log-sum-exp and delta of each row, made by
+            the gradients of q, k and v.
         tile: block sizes, warps and stages.
         cu_seqlens: int32 ``[B + 1]`` for packed sequences, whose rows are as in
             `fastbert.kernels.attention_bwd.attention_varlen_bwd`; the bias has a stride of 0 there.
@@ -176,9 +176,10 @@ def attention_bias_bwd(
     tiles = cdiv(len_q, tile.block_m) * cdiv(len_k, tile.block_n)
     launch(
         _attention_bwd_kernel_bias, (tiles, kept_h, kept_b),
-        dbias, do, q, k, v, lse, delta, key_mask, bias, seed if bits else None,
+        dbias, do, q, k, v, pairs, key_mask, bias, seed if bits else None,
         cu_seqlens, *(stride for t in (do, q, k, v) for stride in strides_of(t)),
-        *(0, *lse.stride())[-3:-1], 0 if key_mask is None else key_mask.stride(0), *bias.stride(),
+        *(0, *pairs.stride())[-4:-2], 0 if key_mask is None else key_mask.stride(0),
+        *bias.stride(),
         batch_size, num_heads, len_q, len_k, scale * LOG2E.value, threshold, dropout_scale,
         HEAD_DIM=head_dim, SUM_SEQUENCES=over_b, SUM_HEADS=over_h,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,

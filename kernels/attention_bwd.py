@@ -58,19 +58,19 @@ def attention_varlen_bwd(
     Returns:
         The gradient of the bias, fp32 ``[H, S, S]``, if it is wanted.
     """
-    delta, bias = torch.empty_like(lse), for_all(bias)
-    common = _Common(do, out, q, k, v, lse, delta, None, bias, seed, gradients, scale, dropout_p)
+    pairs, bias = _pairs_for(lse), for_all(bias)
+    common = _Common(do, out, q, k, v, lse, pairs, None, bias, seed, gradients, scale, dropout_p)
     maps = (cu_seqlens_q, cu_seqlens_k)
     heads = q.shape[1]
     if heads and tiles.is_whole:
         common.launch_whole(tiles.whole, maps, (cu_seqlens_q.shape[0] - 1, heads), (0, 0))
-    elif heads:  # the first one makes delta for the second
+    elif heads:  # the first one makes pairs for the second
         common.launch_dq(tiles.dq, (*maps, tile_map_q), (tile_map_q.shape[0], heads), (1, 0, 0))
         common.launch_dkdv(tiles.dkdv, (*maps, tile_map_k), (tile_map_k.shape[0], heads), (1, 0, 0))
     if not bias_gradient:
         return None
     dbias = attention_bias_bwd(
-        do, q, k, v, lse, delta, None, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
+        do, q, k, v, pairs, None, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
         seed=seed, cu_seqlens=cu_seqlens_q,
     )  # fmt: skip
     return dbias[0]
@@ -109,10 +109,10 @@ def attention_padded_bwd(
     gradients = tuple(
         q.new_empty(batch_size, length, num_heads, head_dim).transpose(1, 2) for length in sizes
     )
-    delta = torch.empty_like(lse)
     key_mask = None if key_mask is None else key_mask.contiguous()
+    pairs = _pairs_for(lse)
     common = _Common(
-        do, out, q, k, v, lse, delta, key_mask, bias, seed, gradients, scale, dropout_p
+        do, out, q, k, v, lse, pairs, key_mask, bias, seed, gradients, scale, dropout_p
     )
     tiles = attention_bwd_tiles(
         head_dim=head_dim, dtype=q.dtype, arch=device_arch(q.device),
@@ -132,24 +132,30 @@ def attention_padded_bwd(
     if not bias_gradient:
         return *gradients, None
     dbias = attention_bias_bwd(
-        do, q, k, v, lse, delta, key_mask, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
+        do, q, k, v, pairs, key_mask, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
         seed=seed,
     )  # fmt: skip
     return *gradients, dbias
+
+
+def _pairs_for(lse: torch.Tensor) -> torch.Tensor:
+    """Where log-sum-exp and delta of each row lie next to each other, by lse's strides."""
+    assert lse.is_contiguous(), "the log-sum-exp is as forward made it"
+    return lse.new_empty(*lse.shape, 2)
 
 
 class _Common:
     """What the launches of one backward pass share."""
 
     def __init__(
-        self, do, out, q, k, v, lse, delta, key_mask, bias, seed, gradients, scale, dropout_p
+        self, do, out, q, k, v, lse, pairs, key_mask, bias, seed, gradients, scale, dropout_p
     ):
         assert scale > 0, "the scale is positive, as in forward"
         rows = (do, q, k, v, out, *gradients)
         assert all(t.stride(-1) == 1 for t in rows), "heads must be contiguous"
         bits, threshold, dropout_scale = dropout_levels(dropout_p, coarse=True)
         self.do, self.out, self.q, self.k, self.v = do, out, q, k, v
-        self.lse, self.delta, self.key_mask, self.bias = lse, delta, key_mask, bias
+        self.lse, self.pairs, self.key_mask, self.bias = lse, pairs, key_mask, bias
         self.dq, self.dk, self.dv = gradients
         self.seed = seed if bits else None
         self.masks = (key_mask, bias, self.seed)
@@ -180,7 +186,7 @@ class _Common:
         rows = (self.do, self.out, self.q, self.k, self.v)
         strides = [s for t in (self.dq, *rows) for s in strides_of(t)]
         self._launch(
-            _attention_bwd_kernel_dq, grid, tile, self.dq, self.delta, *rows, self.lse,
+            _attention_bwd_kernel_dq, grid, tile, self.dq, self.pairs, *rows, self.lse,
             *self.masks, *maps, *strides, *self.mask_strides, *sizes, *self.scalars,
             RELOAD=self.reload,
         )  # fmt: skip
@@ -189,7 +195,7 @@ class _Common:
         rows = (self.dk, self.dv, self.do, self.q, self.k, self.v)
         strides = [s for t in rows for s in strides_of(t)]
         self._launch(
-            _attention_bwd_kernel_dkdv, grid, tile, *rows, self.lse, self.delta, *self.masks,
+            _attention_bwd_kernel_dkdv, grid, tile, *rows, self.pairs, *self.masks,
             *maps, *strides, *self.mask_strides, *sizes, *self.scalars, RELOAD=self.reload,
         )  # fmt: skip
 
@@ -198,6 +204,6 @@ class _Common:
         rows = (self.do, self.out, self.q, self.k, self.v)
         strides = [s for t in (*gradients, *rows) for s in strides_of(t)]
         self._launch(
-            _attention_bwd_kernel_whole, grid, tile, *gradients, self.delta, *rows, self.lse,
+            _attention_bwd_kernel_whole, grid, tile, *gradients, self.pairs, *rows, self.lse,
             *self.masks, *maps, *strides, *self.mask_strides, *sizes, *self.scalars,
         )  # fmt: skip

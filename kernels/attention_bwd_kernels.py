@@ -10,7 +10,8 @@ p is rebuilt from the scores and the log-sum-exp that forward kept, so that its 
 rounding of the latter; nothing of the size of the scores is in memory. Three kernels, no atomics,
 so that two runs give the same bits:
 
-- ``dq``: a tile of queries stays, keys pass by. It also makes delta, for the next one.
+- ``dq``: a tile of queries stays, keys pass by. It also makes delta, and lays it beside the
+  log-sum-exp for the next one.
 - ``dkdv``: a tile of keys stays, queries pass by. Its scores are transposed, ``[BLOCK_N,
   BLOCK_M]``, so that p and ds are left operands of their products as they come.
 - ``whole``: where a sequence fits one tile, everything in one program and five products instead of
@@ -30,6 +31,7 @@ from .attention import load_lse, load_rows, locate, masked_product, weights
 
 __all__ = [
     "_attention_bwd_kernel_dkdv", "_attention_bwd_kernel_dq", "_attention_bwd_kernel_whole",
+    "load_pairs",
 ]  # fmt: skip
 
 
@@ -39,6 +41,25 @@ def _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, length, HEAD_DIM: tl.co
     """delta, [BLOCK_M]."""
     out = load_rows(out_ptr, offs_m, offs_d, stride_out_t, length, HEAD_DIM, BLOCK_D, True)
     return tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+
+
+@triton.jit
+def _store_pairs(ptr, lse, delta, offs_m, length):
+    """lse and delta of rows next to each other, as `load_pairs` takes them."""
+    ptrs = ptr + 2 * offs_m[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(ptrs, tl.join(lse, delta), mask=(offs_m < length)[:, None])
+
+
+@triton.jit
+def load_pairs(ptr, offs_m, length):
+    """The log-sum-exp of rows, +inf where there is no row or key, and delta.
+
+    Every thread loads those of the rows whose scores it has, so two at a time are half the loads.
+    """
+    inside = offs_m < length
+    ptrs = ptr + 2 * offs_m[:, None] + tl.arange(0, 2)[None, :]
+    lse, delta = tl.split(tl.load(ptrs, mask=inside[:, None], other=0.0))
+    return tl.where(inside, lse, float("inf")), delta
 
 
 @triton.jit
@@ -78,7 +99,7 @@ def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_
 )  # fmt: skip
 def _attention_bwd_kernel_dq(
     dq_ptr,  # [T, H, D] or [B, H, S, D], as everything else
-    delta_ptr,  # [H, T] or [B, H, S], fp32
+    pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
@@ -130,8 +151,8 @@ def _attention_bwd_kernel_dq(
     q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, seq_q, HEAD_DIM, BLOCK_D, True)
     delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, HEAD_DIM, BLOCK_D)
-    tl.store(delta_ptr + statistics + offs_m, delta, mask=offs_m < seq_q)
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
+    _store_pairs(pairs_ptr + 2 * statistics, lse, delta, offs_m, seq_q)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     step = tl.full([], BLOCK_N, tl.int64)
     for i in range(seq_k // BLOCK_N):
@@ -162,7 +183,7 @@ def _attention_bwd_kernel_dq(
 
 
 @triton.jit
-def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask_ptr, bias_ptr,
+def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
                offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
                len_q, len_k, scale_log2, key_0, key_1, first_m, first_n, dropout_threshold,
                dropout_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -171,8 +192,7 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask
     """Adds one tile of queries to dk and dv; dv still lacks the scale of dropout."""
     q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
-    lse = load_lse(lse_ptr, offs_m, len_q)
-    delta = tl.load(delta_ptr + offs_m, mask=offs_m < len_q, other=0.0)
+    lse, delta = load_pairs(pairs_ptr, offs_m, len_q)
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
                        stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
                        bias_ptr is not None, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
@@ -199,7 +219,7 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask
 def _attention_bwd_kernel_dkdv(
     dk_ptr, dv_ptr,  # [T, H, D] or [B, H, S, D], as everything else
     do_ptr, q_ptr, k_ptr, v_ptr,
-    lse_ptr, delta_ptr,  # [H, T] or [B, H, S], fp32
+    pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
     bias_ptr,  # [B, H, Sq, Sk] by strides or None
     seed_ptr,  # [1] int64 or None
@@ -232,8 +252,7 @@ def _attention_bwd_kernel_dkdv(
     v_ptr += sequence * stride_v_b + row * stride_v_t + head * stride_v_h
     dk_ptr += sequence * stride_dk_b + row * stride_dk_t + head * stride_dk_h
     dv_ptr += sequence * stride_dv_b + row * stride_dv_t + head * stride_dv_h
-    lse_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start
-    delta_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start
+    pairs_ptr += 2 * (sequence * stride_lse_b + head * stride_lse_h + q_start)
     if key_mask_ptr is not None:
         key_mask_ptr += sequence * stride_mask_b + first_n
     if bias_ptr is not None:
@@ -257,21 +276,20 @@ def _attention_bwd_kernel_dkdv(
             k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, seq_k, HEAD_DIM, BLOCK_D, True)
             v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc_dk, acc_dv = _dkdv_step(
-            acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask_ptr, bias_ptr,
+            acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
             offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
             BLOCK_M, seq_k, scale_log2, key_0, key_1, i * BLOCK_M, first_n, dropout_threshold,
             dropout_scale, HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
         q_ptr += step * stride_q_t
         do_ptr += step * stride_do_t
-        lse_ptr += BLOCK_M
-        delta_ptr += BLOCK_M
+        pairs_ptr += 2 * BLOCK_M
         if bias_ptr is not None:
             bias_ptr += step * stride_bias_q
     rest = seq_q % BLOCK_M
     if rest > 0:
         acc_dk, acc_dv = _dkdv_step(
-            acc_dk, acc_dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_mask_ptr, bias_ptr,
+            acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
             offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
             rest, seq_k, scale_log2, key_0, key_1, seq_q - rest, first_n, dropout_threshold,
             dropout_scale, HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
@@ -289,7 +307,7 @@ def _attention_bwd_kernel_dkdv(
 )  # fmt: skip
 def _attention_bwd_kernel_whole(
     dq_ptr, dk_ptr, dv_ptr,  # [T, H, D] or [B, H, S, D], as everything else
-    delta_ptr,  # [H, T] or [B, H, S], fp32
+    pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
@@ -343,8 +361,8 @@ def _attention_bwd_kernel_whole(
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, seq_q, HEAD_DIM, BLOCK_D, True)
     delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, HEAD_DIM, BLOCK_D)
-    tl.store(delta_ptr + statistics + offs_m, delta, mask=offs_m < seq_q)
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
+    _store_pairs(pairs_ptr + 2 * statistics, lse, delta, offs_m, seq_q)
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
                        stride_bias_q, stride_bias_k, seq_q, seq_k, scale_log2, True,
                        INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip

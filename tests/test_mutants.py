@@ -89,9 +89,11 @@ ATTENTION_BWD = {
     ),
     "wrong scale of keys": (("dk * scale,", "dk * (1.001 * scale),"),),
     "one mask bit": ((LSE, f"tl.where(offs_n[:, None] == 1, 0.0, {LSE})"),),
+    "pairs the other way round": (("tl.join(lse, delta)", "tl.join(delta, lse)"),),
+    "a pair that is not stored": (("length)[:, None])", "length - 1)[:, None])"),),
 }
 ATTENTION_BIAS_BWD = {
-    "dropped tail of the bias": (("offs_m < rest_q, o", "offs_m < rest_q - 1, o"),),
+    "dropped tail of the bias": (("offs_m, rest_q)", "offs_m, rest_q - 1)"),),
     "wrong scale of the bias": (("return p * ", "return 1.001 * p * "),),
     "keys of the first sequence for the bias": (("(start + first_n).to", "first_n.to"),),
 }
