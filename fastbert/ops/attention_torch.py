@@ -15,7 +15,7 @@ from . import onednn_attention
 from .backend import watched
 from .gradient import wants_gradient
 
-__all__ = ["padded_in_torch", "varlen_in_torch", "way_of_one"]
+__all__ = ["NOT_READ", "padded_in_torch", "varlen_in_torch", "way_of_one"]
 
 # Tokens of a sequence up to which two products and a softmax in between are faster than SDPA in
 # fp32, where oneDNN's graph (`onednn_attention`) does not take it. With a bias on two EPYC cores
@@ -26,7 +26,7 @@ __all__ = ["padded_in_torch", "varlen_in_torch", "way_of_one"]
 # of one length would take 0.99 to 1.06.
 _BIASED_UP_TO = 512
 _ALONE_UP_TO = 192
-_NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")  # with beta=0
+NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")  # what baddbmm adds with beta=0
 
 
 def _sdpa(
@@ -127,7 +127,7 @@ def _by_products(
     if q.shape[0] > length:
         q, k, v = q[:length], k[:length], v[:length]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    scores, beta = (_NOT_READ, 0) if bias is None else (bias[:, :length, :length], 1)
+    scores, beta = (NOT_READ, 0) if bias is None else (bias[:, :length, :length], 1)
     scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=beta, alpha=scale)
     return torch.bmm(scores.softmax(-1), v).transpose(0, 1)
 

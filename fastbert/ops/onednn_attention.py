@@ -1,5 +1,5 @@
 """Attention in fp32 on a CPU as one partition of oneDNN's graph, behind private parts of torch that
-only this module knows.
+only this module knows, but for TorchScript's language (`onednn_layer`).
 
 oneDNN computes the scores of a head, their softmax and the sum of values without leaving the cache
 of a core (its graph API, pattern "scaled dot-product attention"). torch reaches that through

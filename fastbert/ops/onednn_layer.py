@@ -1,5 +1,5 @@
-"""A layer over one short text on a CPU as one call, behind private parts of torch that only this
-module and `onednn_attention` know.
+"""A layer over one short text on a CPU as one call, behind TorchScript's intermediate language,
+which only this module and `onednn_attention` know.
 
 Such a layer is 25 operations of torch, some of a few microseconds, and Python takes longer to call
 one than TorchScript's interpreter does. The graph has the same ones as `fastbert.encoder`, so that
@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
+from .attention_torch import NOT_READ
 
 __all__ = ["UP_TO", "layer_of_one"]
 
 # Rows up to which it is one product that makes GELU, and two that make attention.
 UP_TO = min(88, onednn.GELU_APART_FROM - 1)
-_NOT_READ = torch.zeros((), dtype=torch.float32, device="cpu")  # with beta=0
 
 _GRAPH = """
 graph(%hidden : Tensor, %count : int, %padding : int[], %heads : int[], %scale : float,
@@ -82,7 +83,7 @@ _ONE_OF_THREE = """
 
 @lru_cache(maxsize=16)
 def _function(activation: str, joined: bool, padded: bool) -> Callable[..., Tensor] | None:
-    """The graph, None if this torch does not read it.
+    """The graph, None if this torch does not read it or computes something else.
 
     Args:
         activation: one of `onednn.EPILOGUES`.
@@ -104,9 +105,50 @@ def _function(activation: str, joined: bool, padded: bool) -> Callable[..., Tens
     )
     graph = graph if padded else graph.replace("%tokens", "%context")
     try:
-        return torch._C._create_function_from_graph("layer", torch._C.parse_ir(graph))
+        function = torch._C._create_function_from_graph("layer", torch._C.parse_ir(graph))
+        # Which operators there are, and what they take, is found out by running it.
+        return function if _works(function, activation, joined, padded) else None
     except (AttributeError, RuntimeError):
         return None
+
+
+def _run(
+    function: Callable[..., Tensor],
+    hidden: Tensor,
+    length: int,
+    qkv: Sequence[tuple[Tensor, Tensor | None]],
+    behind: Iterable[Tensor | float | None],
+    head_size: int,
+    scale: float,
+) -> Tensor:
+    more = hidden.shape[0] - length
+    heads = (length, 3, -1, head_size) if len(qkv) == 1 else (length, -1, head_size)
+    tensors = (t for part in qkv for t in part)
+    return function(hidden, length, (0, 0, 0, more), heads, scale, NOT_READ, *tensors, *behind)
+
+
+def _works(function: Callable[..., Tensor], activation: str, joined: bool, padded: bool) -> bool:
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    rows, length = draw(4, 8), 3 if padded else 4
+    qkv = [(draw(24, 8), draw(24))] if joined else [(draw(8, 8), draw(8)) for _ in range(3)]
+    first, second, third = ((draw(n, m), draw(n)) for n, m in ((8, 8), (16, 8), (8, 16)))
+    norms = [(draw(8), draw(8), 1e-5) for _ in range(2)]
+    behind = (*first, *norms[0], *second, *third, *norms[1])
+    with torch.inference_mode():
+        found = _run(function, rows, length, qkv, behind, 4, 0.5)[:length]
+        rows = rows[:length]
+        parts = torch.cat([F.linear(rows, *part) for part in qkv], 1).view(length, 3, 2, 4)
+        context = F.scaled_dot_product_attention(*parts.permute(1, 2, 0, 3), scale=0.5)
+        mixed = F.linear(context.transpose(0, 1).flatten(1), *first)
+        rows = F.layer_norm(mixed + rows, (8,), *norms[0])
+        inner = F.linear(rows, *second)
+        inner = inner if activation is None else getattr(F, activation)(inner)
+        expected = F.layer_norm(F.linear(inner, *third) + rows, (8,), *norms[1])
+    return torch.allclose(found, expected, atol=1e-4)
 
 
 def layer_of_one(
@@ -134,10 +176,7 @@ def layer_of_one(
     Returns:
         ``[T, E]``; None if this torch cannot.
     """
-    joined, more = len(qkv) == 1, hidden.shape[0] - length
-    function = _function(activation, joined, more > 0)
+    function = _function(activation, len(qkv) == 1, hidden.shape[0] > length)
     if function is None:
         return None
-    heads = (length, 3, -1, head_size) if joined else (length, -1, head_size)
-    tensors = (t for part in qkv for t in part)
-    return function(hidden, length, (0, 0, 0, more), heads, scale, _NOT_READ, *tensors, *behind)
+    return _run(function, hidden, length, qkv, behind, head_size, scale)
