@@ -1,4 +1,5 @@
-"""oneDNN's products on a CPU, behind private operators of torch that only this module knows.
+"""oneDNN's products on a CPU, behind private operators of torch that only this module knows, and in
+a graph `onednn_layer`.
 
 They are what Inductor emits: a product whose epilogue takes the bias, an activation or a residual,
 and a layout of the weight that spares reordering it in every call. Measured on two AMD EPYC cores:
