@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,22 +28,31 @@ from torch import Tensor
 
 from .encoder import encode_layers
 from .ops.inference import only_kernels
-from .packing import PackedBatch, PaddedBatch, capturing
+from .packing import Bounds, LengthClass, PackedBatch, PaddedBatch, capturing, class_of
 from .weights import Layers
 
 __all__ = ["Bucket", "CudaGraphs", "bucket_of"]
 
 _log = logging.getLogger("fastbert")
-_LONG = 256  # from 129 tokens on, attention walks over keys, however many
+# Lengths between which attention chooses another tile; from 129 tokens on it walks over keys,
+# however many.
+_LENGTHS = (32, 64, 128, 256)
 _WARM_UPS = 2  # before a capture: kernels are compiled and libraries make their workspaces
 
 
 class Bucket(NamedTuple):
-    """How much one graph takes: rows, sequences, and tokens of the longest one (256: any)."""
+    """How much one graph takes: rows, sequences, tokens of the longest one (32, 64, 128, or 256:
+    any), and whether there are shorter ones than of that step."""
 
     tokens: int
     sequences: int
     longest: int
+    mixed: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The steps of `longest` that sequences of a batch in it may belong to."""
+        return _LENGTHS[: _LENGTHS.index(self.longest) + 1] if self.mixed else (self.longest,)
 
 
 def bucket_of(batch: PackedBatch) -> Bucket:
@@ -60,15 +70,43 @@ def bucket_of(batch: PackedBatch) -> Bucket:
     else:
         tokens = -(-n // 512) * 512
     sequences = 1 << (batch.num_sequences - 1).bit_length()
-    longest = min(_LONG, max(32, 1 << (batch.max_seqlen - 1).bit_length()))
-    return Bucket(tokens, sequences, longest)
+    steps = {_LENGTHS[min(bisect_left(_LENGTHS, n), 3)] for n in set(batch.lengths) if n}
+    return Bucket(tokens, sequences, max(steps), len(steps) > 1)
+
+
+class _StaticClass(LengthClass):
+    """Memory for the tiles of any sequences of a class in a bucket; those that are not used belong
+    to its last sequence, which is empty."""
+
+    def __init__(self, bucket: Bucket, longest: int, device: torch.device):
+        super().__init__((), (), (), longest, longest, device)
+        object.__setattr__(self, "bucket", bucket)
+
+    def tile_map(self, block: int | None, of_keys: bool = False) -> Tensor:
+        found = self._tile_maps.get((block,))
+        if found is None:
+            tiles = -(-self.bucket.tokens // block) + self.bucket.sequences
+            found = torch.full(
+                (tiles, 2), self.bucket.sequences, dtype=torch.int32, device=self.device
+            )
+            self._tile_maps[block,] = found
+        return found
+
+    def hold(self, sequences: LengthClass | None) -> None:
+        """Put the tiles of a batch where the graph reads them."""
+        for (block,), tile_map in self._tile_maps.items():
+            count = 0
+            if sequences is not None:
+                used = sequences.tile_map(block)
+                count = used.shape[0]
+                tile_map[:count].copy_(used)
+            tile_map[count:, 0].fill_(self.bucket.sequences)
 
 
 class _StaticBatch(PackedBatch):
     """A bucket as a batch: memory for the geometry of any batch that fits.
 
-    Between the sequences and the end of ``cu_seqlens`` are empty sequences; tiles that are not
-    used belong to the last one of these.
+    Between the sequences and the end of ``cu_seqlens`` are empty ones.
     """
 
     def __init__(self, bucket: Bucket, device: torch.device):
@@ -84,13 +122,12 @@ class _StaticBatch(PackedBatch):
     def max_seqlen(self) -> int:
         return self.bucket.longest
 
-    def tile_map(self, block: int) -> Tensor:
-        found = self._tile_maps.get(block)
-        if found is None:
-            tiles = -(-self.bucket.tokens // block) + self.bucket.sequences
-            found = self.cu_seqlens.new_empty(tiles, 2).fill_(self.bucket.sequences)
-            self._tile_maps[block] = found
-        return found
+    def _by_length(self, bounds: Bounds, keys: PackedBatch | None) -> tuple[LengthClass, ...]:
+        longest = {class_of(bounds, n, n): n for n in self.bucket.lengths}
+        return tuple(
+            _StaticClass(self.bucket, n, self.device)
+            for n in sorted(longest.values(), reverse=True)
+        )
 
     def hold(self, batch: PackedBatch) -> None:
         """Put the geometry of a batch where the graph reads it."""
@@ -98,10 +135,15 @@ class _StaticBatch(PackedBatch):
         ends = list(accumulate(batch.lengths))
         ends += [ends[-1]] * (empty + 1 - len(ends))
         _write(self.cu_seqlens, [0, *ends])
-        for block, tile_map in self._tile_maps.items():
-            used = batch.tile_map(block)
-            tile_map[: used.shape[0]].copy_(used)
-            tile_map[used.shape[0] :, 0].fill_(empty)
+        for bounds, _, classes in self._classes:
+            there = {
+                class_of(bounds, each.max_seqlen_q, each.max_seqlen_k): each
+                for each in batch.classes(bounds)
+            }
+            for each in classes:
+                number = class_of(bounds, each.max_seqlen_q, each.max_seqlen_k)
+                each.hold(there.pop(number, None))
+            assert not there, "a bucket holds the lengths of its batches"
 
 
 def _write(target: Tensor, values: list[int]) -> None:

@@ -19,7 +19,14 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-__all__ = ["PackedBatch", "PaddedBatch", "capturing", "pack", "unpack"]
+__all__ = [
+    "Bounds", "LengthClass", "PackedBatch", "PaddedBatch", "capturing", "class_of", "pack",
+    "unpack",
+]  # fmt: skip
+
+# Of classes of sequences, rising: how many queries and keys one of the class has at most. Longer
+# sequences are the last class.
+Bounds = tuple[tuple[int, int], ...]
 
 # Numbers of a mask on a CPU up to which Python counts: four operations of torch whose code no cache
 # holds take longer, 2 % of a frozen MiniLM's time for 32 tokens.
@@ -64,6 +71,61 @@ def _counted(mask: Tensor) -> tuple[list[int], list[bool]]:
     return lengths, list(map(bool, first))
 
 
+def class_of(bounds: Bounds, len_q: int, len_k: int) -> int:
+    """Which class a sequence of these lengths belongs to."""
+    for number, (most_q, most_k) in enumerate(bounds):
+        if len_q <= most_q and len_k <= most_k:
+            return number
+    return len(bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class LengthClass:
+    """Sequences of a packed batch that attention treats alike, since their lengths are.
+
+    Attributes:
+        sequences: their numbers in the batch.
+        lengths_q, lengths_k: how many queries and keys each of them has.
+        max_seqlen_q, max_seqlen_k: the largest of these.
+        device: where the batch is.
+    """
+
+    sequences: tuple[int, ...]
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    max_seqlen_q: int
+    max_seqlen_k: int
+    device: torch.device
+    _tile_maps: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    def tile_map(self, block: int | None, of_keys: bool = False) -> Tensor:
+        """int32 ``[num_tiles, 2]``: the (sequence, tile) pairs that cover every query, or every
+        key, in tiles of ``block``; with None, one tile for each sequence.
+
+        Longest sequences first, so that the last programs of a launch are short ones. Built on the
+        host, where the lengths are known, once per tile size.
+        """
+        lengths = self.lengths_k if of_keys else self.lengths_q
+        key = (block, of_keys and self.lengths_k is not self.lengths_q)
+        found = self._tile_maps.get(key)
+        if found is None:
+            found = self._tile_maps[key] = self._tiles(
+                [1 if block is None else -(-length // block) for length in lengths], lengths
+            )
+        return found
+
+    def _tiles(self, counts: list[int], lengths: tuple[int, ...]) -> Tensor:
+        everything = self.sequences == tuple(range(len(counts)))
+        if everything and len(set(counts)) == 1 and capturing(self.device):
+            # All sequences are alike: the device can tell by itself.
+            each = counts[0]
+            tiles = torch.arange(each * len(counts), dtype=torch.int32, device=self.device)
+            return torch.stack((tiles // each, tiles % each), 1)
+        order = sorted(range(len(counts)), key=lambda i: -lengths[i])
+        tiles = [(self.sequences[i], tile) for i in order for tile in range(counts[i])]
+        return _from_host(tiles, self.device).view(-1, 2)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Geometry of ``T`` packed rows that hold ``B`` sequences. Make one with a ``from_*`` method.
@@ -86,7 +148,9 @@ class PackedBatch:
     padded_shape: tuple[int, int]
     starts_real: bool = True
     bias: Tensor | None = None
-    _tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _classes: list[tuple[Bounds, PackedBatch | None, tuple[LengthClass, ...]]] = field(
+        default_factory=list, repr=False
+    )
 
     @classmethod
     def dense(cls, batch_size: int, length: int, device: torch.device | str) -> PackedBatch:
@@ -230,28 +294,40 @@ class PackedBatch:
         groups = groupby(self.lengths)
         return [(sum(1 for _ in group), length) for length, group in groups if length]
 
-    def tile_map(self, block: int) -> Tensor:
-        """int32 ``[num_tiles, 2]``: the (sequence, tile) pairs that cover every row in tiles of
-        ``block``.
+    def classes(self, bounds: Bounds, keys: PackedBatch | None = None) -> tuple[LengthClass, ...]:
+        """The sequences by their lengths, longest ones first; empty ones are in no class.
 
-        Longest sequences first, so that the last programs of a launch are short ones. Built on the
-        host, where the lengths are known, once per tile size.
+        What attention does with a sequence follows from its class and so from its own length, never
+        from its neighbours, whatever batch it is in.
+
+        Args:
+            bounds: of the classes; kept by these.
+            keys: the sequences of the keys, where they are others.
         """
-        found = self._tile_maps.get(block)
-        if found is None and capturing(self.device) and len(set(self.lengths)) == 1:
-            # All sequences are alike: the device can tell by itself.
-            each = -(-self.max_seqlen // block)
-            tiles = torch.arange(each * len(self.lengths), dtype=torch.int32, device=self.device)
-            found = self._tile_maps[block] = torch.stack((tiles // each, tiles % each), 1)
-        if found is None:
-            order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
-            tiles = [
-                (sequence, tile)
-                for sequence in order
-                for tile in range(-(-self.lengths[sequence] // block))
-            ]
-            found = self._tile_maps[block] = _from_host(tiles, self.device).view(-1, 2)
-        return found
+        keys = None if keys is self else keys
+        for kept, of, classes in self._classes:
+            if of is keys and kept == bounds:
+                return classes
+        classes = self._by_length(bounds, keys)
+        self._classes.append((bounds, keys, classes))
+        return classes
+
+    def _by_length(self, bounds: Bounds, keys: PackedBatch | None) -> tuple[LengthClass, ...]:
+        lengths_k = self.lengths if keys is None else keys.lengths
+        pairs = list(zip(self.lengths, lengths_k, strict=True))
+        numbers = {pair: class_of(bounds, *pair) for pair in set(pairs) if any(pair)}
+        made = {c.sequences: c for _, of, classes in self._classes if of is keys for c in classes}
+        found = []
+        for number in sorted(set(numbers.values()), reverse=True):
+            sequences = tuple(i for i, pair in enumerate(pairs) if numbers.get(pair) == number)
+            if sequences not in made:
+                of_q = tuple(self.lengths[i] for i in sequences)
+                of_k = of_q if keys is None else tuple(lengths_k[i] for i in sequences)
+                made[sequences] = LengthClass(
+                    sequences, of_q, of_k, max(of_q), max(of_k), self.device
+                )
+            found.append(made[sequences])
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

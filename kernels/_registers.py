@@ -124,6 +124,7 @@ attention_bwd_kernel_dq sm_89 fp32 D64 32x32 packed, tf32
 attention_bwd_kernel_dq sm_90 bf16 D32 128x64 padded, mask and bias per query
 attention_bwd_kernel_dq sm_90 bf16 D64 128x64 padded, mask and bias
 attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
 attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
 attention_bwd_kernel_whole sm_89 bf16 D16 128x128 packed
 attention_bwd_kernel_whole sm_90 fp32 D128 16x32 packed, bias

@@ -26,6 +26,8 @@ __all__ = [
     "AttentionTile",
     "GemmTile",
     "RowTile",
+    "attention_bounds",
+    "attention_bwd_bounds",
     "attention_bwd_tiles",
     "attention_bwd_tiles_of",
     "attention_tile",
@@ -43,6 +45,7 @@ __all__ = [
 
 ARCHITECTURES = (80, 89, 90)
 MAX_HEAD_DIM = 128
+_ANY = 2**31 - 1  # tokens, which no sequence exceeds
 MAX_ROW = 8192
 
 
@@ -227,7 +230,7 @@ def attention_tile(
     max_seqlen_k: int,
     has_bias: bool = False,
 ) -> AttentionTile:
-    """The tile for a batch whose longest sequences have these lengths.
+    """The tile for sequences of at most these lengths, by `attention_bounds`.
 
     Raises:
         NotImplementedError: a head larger than 128.
@@ -267,6 +270,15 @@ def attention_tiles(
         for length in (1, 33, 65, 129, 8192)
     ]
     return list(dict.fromkeys(tiles))
+
+
+@_remember
+def attention_bounds(
+    arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool
+) -> tuple[tuple[int, int], ...]:
+    """How many queries and keys a sequence has at most for each tile that holds all its keys."""
+    tiles = attention_tiles(arch, dtype, head_dim, has_bias)
+    return tuple((_ANY, tile.block_n) for tile in tiles if tile.single)
 
 
 # Padded head size -> (block_m, block_n, warps, stages) of the kernels whole (more than one, for the
@@ -347,7 +359,7 @@ def attention_bwd_tiles(
     has_bias: bool = False,
     dropout_bits: int = 0,
 ) -> AttentionBwdTiles:
-    """The tiles of backward for a batch whose longest sequences have these lengths.
+    """The tiles of backward for sequences of at most these lengths, by `attention_bwd_bounds`.
 
     Dropout by 16 bits, or beside a bias, leaves no registers for the larger one of two tiles for
     whole sequences.
@@ -397,6 +409,15 @@ def attention_bwd_tiles_of(
         for n in (1, 33, 65, 8192)
     )  # fmt: skip
     return list(dict.fromkeys(getattr(tiles, part) for tiles in found))
+
+
+@_remember
+def attention_bwd_bounds(
+    arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, dropout_bits: int
+) -> tuple[tuple[int, int], ...]:
+    """How many queries and keys a sequence has at most for each tile that holds all of it."""
+    tiles = attention_bwd_tiles_of("whole", arch, dtype, head_dim, has_bias, dropout_bits)
+    return tuple((tile.block_m, tile.block_n) for tile in tiles)
 
 
 @_remember

@@ -6,8 +6,8 @@ H, S, D]`` with an optional key mask. Either may have an additive bias. q, k and
 their strides, so that they may be views of one projection ``[T, 3, H, D]``, and the output is
 written as ``[T, H, D]``.
 
-Two bodies. Where the longest sequence's keys fit one tile (``SINGLE``) it is a plain softmax
-without rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,
+Two bodies. Where a sequence's keys fit one tile (``SINGLE``) it is a plain softmax without
+rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,
 1805.02867; FlashAttention: Dao et al., 2205.14135): full tiles without any bounds check, then one
 masked tail. The scale is applied after the product, in fp32, not to the 16-bit q. exp is exp2 of
 scores in units of log2; without a bias, scaling and taking off the maximum are one fma, which is an
@@ -17,6 +17,8 @@ Kept for backward: the log-sum-exp of each row, fp32, in log2 units, ``-inf`` fo
 key. Such a row gives zeros. Scores and statistics are fp32; p is rounded to v's dtype before the
 second product. Dropout (`_dropout.py`) drops weights after their sum was taken.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -348,8 +350,7 @@ def attention_varlen_fwd(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    tile_map: torch.Tensor,
-    tile: AttentionTile,
+    parts: Sequence[tuple[torch.Tensor, AttentionTile]],
     *,
     scale: float,
     dropout_p: float = 0.0,
@@ -361,8 +362,9 @@ def attention_varlen_fwd(
     Args:
         q: ``[Tq, H, D]``; k, v: ``[Tk, H, D]``; any strides, the last 1.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``.
-        tile_map: int32 ``[tiles, 2]``, (sequence, tile) pairs for ``tile.block_m``.
-        tile: from `fastbert.kernels._tiles.attention_tile` for the longest sequence.
+        parts: for each class of sequences, whose lengths `fastbert.kernels._tiles.attention_bounds`
+            has, a tile map, int32 ``[tiles, 2]``, (sequence, tile) pairs for ``tile.block_m``, and
+            the tile from `fastbert.kernels._tiles.attention_tile`.
         scale: factor for the scores, positive.
         dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
         bias: floating ``[H, S, S]`` for all sequences, S at least the longest one's length; or
@@ -374,11 +376,13 @@ def attention_varlen_fwd(
     total, num_heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
-    if tile_map.shape[0] and num_heads:
-        _launch(
-            out, lse, q, k, v, None, for_all(bias), seed, (cu_seqlens_q, cu_seqlens_k, tile_map),
-            (tile_map.shape[0], num_heads), (1, 0, 0), scale, dropout_p, tile,
-        )  # fmt: skip
+    for tile_map, tile in parts:
+        if tile_map.shape[0] and num_heads:
+            maps = (cu_seqlens_q, cu_seqlens_k, tile_map)
+            _launch(
+                out, lse, q, k, v, None, for_all(bias), seed, maps,
+                (tile_map.shape[0], num_heads), (1, 0, 0), scale, dropout_p, tile,
+            )  # fmt: skip
     return out, lse
 
 

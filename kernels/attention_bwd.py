@@ -3,6 +3,8 @@
 The kernels, and what they compute, are in `attention_bwd_kernels.py`.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ._common import LOG2E
@@ -31,10 +33,8 @@ def attention_varlen_bwd(
     lse: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    tile_map_q: torch.Tensor,
-    tile_map_k: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, AttentionBwdTiles]],
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    tiles: AttentionBwdTiles,
     *,
     scale: float,
     dropout_p: float = 0.0,
@@ -48,10 +48,12 @@ def attention_varlen_bwd(
         do, out: ``[Tq, H, D]``; q, k, v: as in forward; the last stride of each 1.
         lse: fp32 ``[H, Tq]`` from forward.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``.
-        tile_map_q, tile_map_k: int32 ``[tiles, 2]`` for ``tiles.dq.block_m`` and
-            ``tiles.dkdv.block_n``; not read where ``tiles.is_whole``.
+        parts: for each class of sequences, whose lengths
+            `fastbert.kernels._tiles.attention_bwd_bounds` has: tile maps, int32 ``[tiles, 2]``, of
+            the queries for ``tiles.dq.block_m`` and of the keys for ``tiles.dkdv.block_n``, and the
+            tiles from `fastbert.kernels._tiles.attention_bwd_tiles`. Where ``tiles.is_whole`` the
+            first map has one tile for each sequence and the second is not read.
         gradients: dq, dk, dv like q, k, v, any strides, the last 1.
-        tiles: from `fastbert.kernels._tiles.attention_bwd_tiles` for the longest sequences.
         scale, dropout_p, seed, bias: as in forward.
         bias_gradient: whether the gradient of the bias is wanted; keys are those of the queries.
 
@@ -60,17 +62,22 @@ def attention_varlen_bwd(
     """
     pairs, bias = _pairs_for(lse), for_all(bias)
     common = _Common(do, out, q, k, v, lse, pairs, None, bias, seed, gradients, scale, dropout_p)
-    maps = (cu_seqlens_q, cu_seqlens_k)
-    heads = q.shape[1]
-    if heads and tiles.is_whole:
-        common.launch_whole(tiles.whole, maps, (cu_seqlens_q.shape[0] - 1, heads), (0, 0))
-    elif heads:  # the first one makes pairs for the second
-        common.launch_dq(tiles.dq, (*maps, tile_map_q), (tile_map_q.shape[0], heads), (1, 0, 0))
-        common.launch_dkdv(tiles.dkdv, (*maps, tile_map_k), (tile_map_k.shape[0], heads), (1, 0, 0))
+    for tile_map_q, tile_map_k, tiles in parts:
+        if tiles.is_whole:
+            launches = ((common.launch_whole, tiles.whole, tile_map_q),)
+        else:  # the first one makes pairs for the second
+            launches = (
+                (common.launch_dq, tiles.dq, tile_map_q),
+                (common.launch_dkdv, tiles.dkdv, tile_map_k),
+            )
+        for run, tile, tile_map in launches:
+            grid = (tile_map.shape[0], q.shape[1])
+            if all(grid):
+                run(tile, (cu_seqlens_q, cu_seqlens_k, tile_map), grid, 1, 0, 0)
     if not bias_gradient:
         return None
     dbias = attention_bias_bwd(
-        do, q, k, v, pairs, None, bias, tiles.bias, scale=scale, dropout_p=dropout_p,
+        do, q, k, v, pairs, None, bias, parts[0][2].bias, scale=scale, dropout_p=dropout_p,
         seed=seed, cu_seqlens=cu_seqlens_q,
     )  # fmt: skip
     return dbias[0]
@@ -119,16 +126,15 @@ def attention_padded_bwd(
         max_seqlen_q=len_q, max_seqlen_k=len_k, has_bias=bias is not None,
         dropout_bits=common.constants["DROPOUT_BITS"],
     )  # fmt: skip
-    none = (None, None)
-    if q.numel() and tiles.is_whole:
-        common.launch_whole(tiles.whole, none, (batch_size, num_heads), (len_q, len_k))
-    elif q.numel():
-        for launch, tile, count in (
+    if tiles.is_whole:
+        launches = ((common.launch_whole, tiles.whole, 1),)
+    else:
+        launches = (
             (common.launch_dq, tiles.dq, cdiv(len_q, tiles.dq.block_m)),
             (common.launch_dkdv, tiles.dkdv, cdiv(len_k, tiles.dkdv.block_n)),
-        ):
-            grid = (batch_size * count, num_heads)
-            launch(tile, (*none, None), grid, (count, len_q, len_k))
+        )
+    for run, tile, count in launches if q.numel() else ():
+        run(tile, (None,) * 3, (batch_size * count, num_heads), count, len_q, len_k)
     if not bias_gradient:
         return *gradients, None
     dbias = attention_bias_bwd(
@@ -182,7 +188,7 @@ class _Common:
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         )  # fmt: skip
 
-    def launch_dq(self, tile, maps, grid, sizes) -> None:
+    def launch_dq(self, tile, maps, grid, *sizes) -> None:
         rows = (self.do, self.out, self.q, self.k, self.v)
         strides = [s for t in (self.dq, *rows) for s in strides_of(t)]
         self._launch(
@@ -191,7 +197,7 @@ class _Common:
             RELOAD=self.reload,
         )  # fmt: skip
 
-    def launch_dkdv(self, tile, maps, grid, sizes) -> None:
+    def launch_dkdv(self, tile, maps, grid, *sizes) -> None:
         rows = (self.dk, self.dv, self.do, self.q, self.k, self.v)
         strides = [s for t in rows for s in strides_of(t)]
         self._launch(
@@ -199,7 +205,8 @@ class _Common:
             *maps, *strides, *self.mask_strides, *sizes, *self.scalars, RELOAD=self.reload,
         )  # fmt: skip
 
-    def launch_whole(self, tile, maps, grid, sizes) -> None:
+    def launch_whole(self, tile, maps, grid, _, *sizes) -> None:
+        """A sequence is one tile, so their number is not asked for."""
         gradients = (self.dq, self.dk, self.dv)
         rows = (self.do, self.out, self.q, self.k, self.v)
         strides = [s for t in (*gradients, *rows) for s in strides_of(t)]

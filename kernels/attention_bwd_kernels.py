@@ -313,7 +313,7 @@ def _attention_bwd_kernel_whole(
     key_mask_ptr,  # [B, Sk] or None
     bias_ptr,  # [B, H, Sq, Sk] by strides or None
     seed_ptr,  # [1] int64 or None
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # [B + 1] or None
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None; one tile for each sequence
     stride_dq_b, stride_dq_t, stride_dq_h,
     stride_dk_b, stride_dk_t, stride_dk_h,
     stride_dv_b, stride_dv_t, stride_dv_h,
@@ -332,13 +332,12 @@ def _attention_bwd_kernel_whole(
     DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
     q_start, k_start, seq_q, seq_k = sequence * 0, sequence * 0, len_q, len_k
-    if cu_seqlens_q_ptr is not None:
-        q_start = tl.load(cu_seqlens_q_ptr + sequence).to(tl.int64)
-        k_start = tl.load(cu_seqlens_k_ptr + sequence).to(tl.int64)
-        seq_q = (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start).to(tl.int32)
-        seq_k = (tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start).to(tl.int32)
+    if tile_map_ptr is not None:
+        sequence, _, q_start, k_start, seq_q, seq_k = locate(
+            tile_map_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, 1, len_q, len_k
+        )
+    head = tl.program_id(1).to(tl.int64)
     q_ptr += sequence * stride_q_b + q_start * stride_q_t + head * stride_q_h
     k_ptr += sequence * stride_k_b + k_start * stride_k_t + head * stride_k_h
     v_ptr += sequence * stride_v_b + k_start * stride_v_t + head * stride_v_h

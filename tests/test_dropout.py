@@ -44,8 +44,8 @@ def attention_mask(seed, p, lengths, heads, device, tile):
     m, n, single = tile
     chosen = AttentionTile(m, n, width, 4, 1, single)
     out, _ = attention_varlen_fwd(
-        q, q, v, batch.cu_seqlens, batch.cu_seqlens, batch.tile_map(m), chosen,
-        scale=1.0, dropout_p=p, seed=seed,
+        q, q, v, batch.cu_seqlens, batch.cu_seqlens,
+        [(batch.classes(())[0].tile_map(m), chosen)], scale=1.0, dropout_p=p, seed=seed,
     )  # fmt: skip
     return batch.unpack(out).transpose(1, 2)[..., :longest] * sizes[:, None, None, None]
 

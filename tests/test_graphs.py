@@ -114,6 +114,15 @@ def test_the_longest_sequence_decides_by_the_body_of_the_kernel_alone():
     assert bucket_of(PackedBatch.from_lengths([3, 0, 7])) == Bucket(16, 4, 32)
 
 
+def test_classes_of_shorter_sequences_are_launched_only_where_there_are_any():
+    buckets = {lengths: bucket_of(PackedBatch.from_lengths(lengths)) for lengths in (
+        (70,), (70, 0, 128), (70, 3), (300, 129), (300, 3), (3, 31), (64, 1),
+    )}  # fmt: skip
+    assert [b.lengths for b in buckets.values()] == [
+        (128,), (128,), (32, 64, 128), (256,), (32, 64, 128, 256), (32,), (32, 64),
+    ]  # fmt: skip
+
+
 # ---- results ----
 
 
@@ -127,6 +136,23 @@ def test_ragged_batches_of_one_bucket_share_a_graph_and_are_right(device):
         same(model, batch_of(lengths, device, width=31))
     assert len(model.graphs.buckets) <= 6
     assert all(b.sequences == 4 and b.longest == 32 for b in model.graphs.buckets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_sequences_of_several_lengths_share_a_graph_whichever_lengths_there_are(dtype, device):
+    """Their attention is launched by classes of lengths, each over tiles of its own."""
+    model = model_on(device, dtype)
+    fewer = ([70, 40, 30], [70, 3, 66])  # sequences of the second class, by the same graph
+    for lengths in ([70, 3], [40, 66], [66, 33], [3, 128], [65, 65], [135, 3], [3, 140], *fewer):
+        inputs = batch_of(lengths, device, width=140)
+        expected = without_graphs(model, inputs)
+        atol = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, atol=atol, rtol=0)
+    assert {(b.longest, b.mixed) for b in model.graphs.buckets} == {
+        (128, True), (128, False), (256, True),
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -341,4 +367,4 @@ def test_streams_wait_for_each_other_and_a_capture_of_the_callers_own_is_left_al
     with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
         batch = PackedBatch.from_lengths([3, 4], "cuda")
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            batch.tile_map(16)
+            batch.classes(())[0].tile_map(16)

@@ -121,23 +121,34 @@ def test_a_sequence_does_not_depend_on_its_place_in_a_batch_bit_for_bit(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sequence_alone_is_the_same_up_to_rounding(dtype, device):
-    """The tile follows the longest sequence of a batch, so these are other sums of the same."""
-    lengths = [1, 16, 17, 64, 130]
-    q, k, v = projection(sum(lengths), 2, 32, dtype, device)
-    together = ops.attention_varlen(q, k, v, PackedBatch.from_lengths(lengths, device))
+@pytest.mark.parametrize("head_dim", one_is_quick([64, 32, 128]))
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_sequence_alone_is_the_same_bit_for_bit(has_bias, head_dim, dtype, device):
+    """Neighbours of every class of lengths: what runs for one follows from its own length."""
+    lengths = [1, 130, 16, 0, 32, 33, 64, 65, 200, 128]
+    q, k, v = projection(sum(lengths), 2, head_dim, dtype, device)
+    bias = torch.randn(2, 200, 200).to(device, dtype) if has_bias else None
+    together = ops.attention_varlen(
+        q, k, v, PackedBatch.from_lengths(lengths, device), bias=bias
+    ).split(lengths)
     parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
-    alone = torch.cat(
-        [ops.attention_varlen(*part, PackedBatch.dense(1, len(part[0]), device)) for part in parts]
-    )
-    for out in (together, alone):
-        assert_matches(
-            out,
-            lambda q, k, v: attention_varlen_ref(q, k, v, lengths, lengths, operands=dtype),
-            (q, k, v),
-            "alone and together",
-            inside=torch.float32,
-        )
+    for n, part, out in zip(lengths, parts, together, strict=True):
+        batch = PackedBatch.dense(1, n, device)
+        places = bias[:, :n, :n] if has_bias else None
+        assert torch.equal(ops.attention_varlen(*part, batch, bias=places), out), n
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_of_other_keys_alone_are_the_same_bit_for_bit(dtype, device):
+    lengths, key_lengths = [1, 70, 3, 0, 20], [130, 7, 0, 9, 70]
+    q = torch.randn(sum(lengths), 2, 32).to(device, dtype)
+    k, v = torch.randn(2, sum(key_lengths), 2, 32).to(device, dtype)
+    batch, keys = (PackedBatch.from_lengths(n, device) for n in (lengths, key_lengths))
+    together = ops.attention_varlen(q, k, v, batch, key_batch=keys).split(lengths)
+    parts = zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
+    for i, part in enumerate(parts):
+        batch, keys = (PackedBatch.from_lengths([n[i]], device) for n in (lengths, key_lengths))
+        assert torch.equal(ops.attention_varlen(*part, batch, key_batch=keys), together[i])
 
 
 def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
@@ -148,6 +159,7 @@ def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
     lengths = [30, 1, 17]
     q, k, v = projection(48, 2, 32, torch.float32, device)
     batch = PackedBatch.from_lengths(lengths, device)
+    (everything,) = batch.classes(())
 
     def specification(q, k, v):
         sums = [
@@ -159,7 +171,7 @@ def test_one_tile_and_walking_agree_and_log_sum_exp_is_right(device):
     for single, block_m, block_n in ((True, 32, 32), (False, 32, 32), (False, 16, 16)):
         tile = AttentionTile(block_m, block_n, 32, 4, 1, single)
         results = attention_varlen_fwd(
-            q, k, v, batch.cu_seqlens, batch.cu_seqlens, batch.tile_map(block_m), tile,
+            q, k, v, batch.cu_seqlens, batch.cu_seqlens, [(everything.tile_map(block_m), tile)],
             scale=32**-0.5,
         )  # fmt: skip
         assert_matches(results, specification, (q, k, v), str(tile))
@@ -194,8 +206,9 @@ def test_rows_far_apart_are_found(single, device):
     q = torch.randn(3, 1, 16).to(device, torch.float16)
     one, other = (PackedBatch.from_lengths([n], device) for n in (3, keys))
     tile = AttentionTile(16, 64 if single else 32, 16, 4, 1, single)
+    tiles = one.classes(())[0].tile_map(16)
     out, _ = attention_varlen_fwd(
-        q, k, v, one.cu_seqlens, other.cu_seqlens, one.tile_map(16), tile, scale=0.25
+        q, k, v, one.cu_seqlens, other.cu_seqlens, [(tiles, tile)], scale=0.25
     )
     near = [t.contiguous() for t in (q, k, v)]
     check(out, attention_varlen_ref, near, [3], [keys], name="far apart")
@@ -258,7 +271,7 @@ def test_bool_bias_keeps_what_is_true(device):
 @pytest.mark.slow
 def test_packed_equals_padded_at_the_size_of_bert(device):
     """bf16, twelve heads of 64, several tiles of queries and of keys."""
-    lengths = [300, 1, 77]
+    lengths = [300, 129, 177]  # packed shorter ones have tiles of their own
     q, k, v = projection(sum(lengths), 12, 64, torch.bfloat16, device)
     mask = torch.arange(300, device=device) < torch.tensor(lengths, device=device)[:, None]
     batch = PackedBatch.from_mask(mask)
@@ -281,7 +294,7 @@ def test_rows_of_queries_and_results_are_found_beyond_31_bits(device):
     tile = AttentionTile(64, 64, 128, 8, 1, single=True)
     last = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
     out, lse = attention_varlen_fwd(
-        q, k, v, batch.cu_seqlens, batch.cu_seqlens, last, tile, scale=0.1
+        q, k, v, batch.cu_seqlens, batch.cu_seqlens, [(last, tile)], scale=0.1
     )
     near = [t[-rows:].clone() for t in (q, k, v)]
     check(out[-rows:], attention_varlen_ref, near, [rows], [rows], 0.1, name="last rows")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import DTYPES
+from tiny import DTYPES, one_is_quick
 
 import fastbert
 from fastbert import ops
@@ -164,6 +164,32 @@ def test_gradients_do_not_depend_on_the_order_and_repeat_bit_for_bit(device):
     for at, i in enumerate(order):
         assert torch.equal(moved[at], together[i])
         assert torch.equal(again[i], together[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("others", [False, True], ids=["own keys", "other keys"])
+@pytest.mark.parametrize("head_dim", one_is_quick([64, 16, 128]))
+def test_gradients_of_a_sequence_alone_are_the_same_bit_for_bit(head_dim, others, dtype, device):
+    """Neighbours of every class of lengths, and sequences without queries or keys."""
+    lengths = [1, 130, 16, 0, 33, 64, 65, 128]
+    key_lengths = [70, 5, 16, 9, 130, 0, 20, 128] if others else lengths
+    q, do = torch.randn(2, sum(lengths), 2, head_dim).to(device, dtype)
+    k, v = torch.randn(2, sum(key_lengths), 2, head_dim).to(device, dtype)
+
+    def gradients(q, k, v, do, lengths, key_lengths):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        batch = PackedBatch.from_lengths(lengths, device)
+        keys = PackedBatch.from_lengths(key_lengths, device) if others else None
+        out = ops.attention_varlen(*inputs, batch, key_batch=keys)
+        return torch.autograd.grad(out, inputs, do)
+
+    def split(q, k, v):
+        return zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
+
+    together = list(split(*gradients(q, k, v, do, lengths, key_lengths)))
+    for i, (part, upstream) in enumerate(zip(split(q, k, v), do.split(lengths), strict=True)):
+        alone = gradients(*part, upstream, lengths[i : i + 1], key_lengths[i : i + 1])
+        assert all(map(torch.equal, alone, together[i])), (lengths[i], key_lengths[i])
 
 
 def test_only_wanted_gradients_are_given(device):

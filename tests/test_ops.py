@@ -182,7 +182,7 @@ def test_embeddings_are_the_same_in_place_and_leave_their_tables(types, position
 
 def registered_calls(device):
     batch = batch_of(device)
-    tile_map = batch.tile_map(32)
+    maps = (batch.classes(())[0].tile_map(32),)
     q, k, v = torch.randn(3, sum(LENGTHS), 2, 16, device=device)
     p = torch.randn(3, 2, 2, 9, 16, device=device)
     x, row = torch.randn(6, 32, device=device), torch.randn(32, device=device)
@@ -194,9 +194,9 @@ def registered_calls(device):
     places = torch.randn(2, 12, 12, device=device)
     bias = torch.randn(2, 9, 9, device=device)[:, None].expand(2, 2, 9, 9)
     return {
-        "attention_varlen": (q, k, v, cu, cu, tile_map, 12, 12, 0.25, 0.1, seed, places),
+        "attention_varlen": (q, k, v, cu, cu, maps, (12,), (12,), 0.25, 0.1, seed, places),
         "attention_varlen_bwd": (
-            q, q, k, v, v, lse, cu, cu, tile_map, tile_map, 12, 12, 0.25, 0.1, seed, True,
+            q, q, k, v, v, lse, cu, cu, maps, maps, (12,), (12,), 0.25, 0.1, seed, True,
             places, True,
         ),
         "attention_padded": (*p, None, None, 0.25, 0.1, seed),

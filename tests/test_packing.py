@@ -74,7 +74,8 @@ def test_first_rows_are_cls_and_zeros_for_an_empty_sequence():
 @pytest.mark.parametrize("block", [1, 2, 64])
 def test_tile_map_covers_every_row_once_longest_first(block):
     batch = PackedBatch.from_lengths([5, 0, 1, 130])
-    tiles = batch.tile_map(block).tolist()
+    (everything,) = batch.classes(())
+    tiles = everything.tile_map(block).tolist()
     covered = [
         (sequence, row)
         for sequence, tile in tiles
@@ -83,7 +84,26 @@ def test_tile_map_covers_every_row_once_longest_first(block):
     assert sorted(covered) == [(s, r) for s, n in enumerate(batch.lengths) for r in range(n)]
     order = list(dict.fromkeys(sequence for sequence, _ in tiles))
     assert order == [3, 0, 2]
-    assert batch.tile_map(block) is batch.tile_map(block)  # built once, shared by all layers
+    # built once, shared by all layers
+    assert batch.classes(())[0].tile_map(block) is everything.tile_map(block)
+
+
+def test_every_sequence_is_in_the_class_of_its_lengths_and_has_its_tiles_there():
+    batch = PackedBatch.from_lengths([5, 0, 1, 130, 64, 65, 3])
+    keys = PackedBatch.from_lengths([70, 9, 0, 2, 64, 1, 0])
+    bounds = ((64, 64), (128, 128))
+    found = {c.sequences: (c.max_seqlen_q, c.max_seqlen_k) for c in batch.classes(bounds)}
+    assert found == {(3,): (130, 130), (5,): (65, 65), (0, 2, 4, 6): (64, 64)}
+    found = {c.sequences: (c.max_seqlen_q, c.max_seqlen_k) for c in batch.classes(bounds, keys)}
+    assert found == {(3,): (130, 2), (0, 5): (65, 70), (1, 2, 4, 6): (64, 64)}
+    *_, short = batch.classes(bounds, keys)
+    assert short.tile_map(64).tolist() == [[4, 0], [6, 0], [2, 0]]
+    assert short.tile_map(32, of_keys=True).tolist() == [[4, 0], [4, 1], [1, 0]]
+    assert sorted(short.tile_map(None).tolist()) == [[1, 0], [2, 0], [4, 0], [6, 0]]
+    # the same sequences are the same class, whatever the bounds, and share their tiles
+    assert batch.classes(((9999, 64), (9999, 128)))[0] is batch.classes(bounds)[0]
+    assert batch.classes(bounds, keys) is batch.classes(bounds, keys)
+    assert PackedBatch.from_lengths([0, 0]).classes(bounds) == ()
 
 
 def test_runs_join_equal_neighbours():
@@ -102,7 +122,7 @@ def test_from_mask_reads_the_host_once(monkeypatch):
             torch.Tensor, name, lambda *a, name=name: pytest.fail(f"{name} synchronises")
         )
     batch = PackedBatch.from_mask(torch.tensor(MASKS["holes"]))
-    batch.tile_map(2)
+    batch.classes(())[0].tile_map(2)
     batch.columns()
     PackedBatch.dense(2, 3, "cpu")
     assert calls == ["tolist"]

@@ -49,7 +49,7 @@ def test_packed_attention_with_dropout_is_limited(launched, head_dim, dropout_p,
     )
     bounds = torch.tensor([0, 300], dtype=torch.int32)
     attention.attention_varlen_fwd(
-        rows, rows, rows, bounds, bounds, torch.zeros(3, 2, dtype=torch.int32), tile,
+        rows, rows, rows, bounds, bounds, [(torch.zeros(3, 2, dtype=torch.int32), tile)],
         scale=1.0, dropout_p=dropout_p, seed=torch.zeros(1, dtype=torch.int64),
     )  # fmt: skip
     assert launched == {FWD: limit}

@@ -144,8 +144,9 @@ def attention_varlen(
             sees nothing. Masks are for `attention`.
 
     Returns:
-        ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. The order of the
-        sequences changes no bit; another longest one may, since the kernels' tile follows it.
+        ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. Neighbours
+        change no bit of the kernels' results, nor of gradients of q, k and v: what runs for a
+        sequence follows from its own length. (Which weights are dropped follows from its number.)
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other or the batch.

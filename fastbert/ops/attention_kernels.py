@@ -5,20 +5,21 @@ What `fastbert.ops.attention` and the functions of whole layers launch; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..packing import PackedBatch
+from ..packing import LengthClass, PackedBatch
 from .registry import define
 
 if TYPE_CHECKING:
-    from ..kernels._tiles import AttentionTile
+    from ..kernels._tiles import AttentionBwdTiles, AttentionTile
 
 __all__ = [
     "MAX_DROPOUT_LENGTH", "MAX_HEAD_SIZE", "attention_padded", "attention_padded_bwd",
-    "run_varlen", "run_varlen_bwd", "tile_for",
+    "parts_of", "run_varlen", "run_varlen_bwd",
 ]  # fmt: skip
 
 MAX_HEAD_SIZE = 128
@@ -31,9 +32,9 @@ def _launch_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    tile_map: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    tile_maps: Sequence[Tensor],
+    longest_q: Sequence[int],
+    longest_k: Sequence[int],
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -41,10 +42,11 @@ def _launch_varlen(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_varlen_fwd
 
-    tile = tile_for(q, max_seqlen_q, max_seqlen_k, bias is not None)
+    lengths = zip(longest_q, longest_k, strict=True)
+    tiles = [_tile_for(q, *longest, bias is not None) for longest in lengths]
     return attention_varlen_fwd(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, tile_map, tile, scale=scale, dropout_p=dropout_p,
-        seed=seed, bias=bias,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, list(zip(tile_maps, tiles, strict=True)), scale=scale,
+        dropout_p=dropout_p, seed=seed, bias=bias,
     )  # fmt: skip
 
 
@@ -57,10 +59,10 @@ def _launch_varlen_bwd(
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    tile_map_q: Tensor,
-    tile_map_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    tile_maps_q: Sequence[Tensor],
+    tile_maps_k: Sequence[Tensor],
+    longest_q: Sequence[int],
+    longest_k: Sequence[int],
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -71,10 +73,12 @@ def _launch_varlen_bwd(
     from ..kernels.attention_bwd import attention_varlen_bwd
 
     results = _varlen_gradients(q, k, fused)
+    lengths = zip(longest_q, longest_k, strict=True)
+    tiles = [_bwd_tiles(q, *longest, dropout_p, bias is not None) for longest in lengths]
     dbias = attention_varlen_bwd(
-        do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, tile_map_k,
+        do, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+        list(zip(tile_maps_q, tile_maps_k, tiles, strict=True)),
         results[0].unbind(1) if fused else results,
-        _bwd_tiles(q, max_seqlen_q, max_seqlen_k, dropout_p, bias is not None),
         scale=scale, dropout_p=dropout_p, seed=seed, bias=bias, bias_gradient=bias_gradient,
     )  # fmt: skip
     return *results, q.new_empty(0) if dbias is None else dbias
@@ -145,10 +149,7 @@ def _padded_bwd_shapes(do, q, k, v, out, lse, key_mask, bias, scale, p, seed, bi
     return like(q), like(k), like(v), dbias
 
 
-def tile_for(
-    q: Tensor, max_seqlen_q: int, max_seqlen_k: int, has_bias: bool = False
-) -> AttentionTile:
-    """The tile of packed attention for these longest sequences."""
+def _tile_for(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, has_bias: bool) -> AttentionTile:
     from ..kernels._device import device_arch
     from ..kernels._tiles import attention_tile
 
@@ -162,7 +163,9 @@ def tile_for(
     )
 
 
-def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, has_bias: bool):
+def _bwd_tiles(
+    q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, has_bias: bool
+) -> AttentionBwdTiles:
     from ..kernels._device import device_arch
     from ..kernels._dropout import dropout_levels
     from ..kernels._tiles import attention_bwd_tiles
@@ -178,10 +181,42 @@ def _bwd_tiles(q: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float
     )
 
 
+def _classes(
+    q: Tensor, batch: PackedBatch, keys: PackedBatch, has_bias: bool
+) -> tuple[LengthClass, ...]:
+    from ..kernels._device import device_arch
+    from ..kernels._tiles import attention_bounds
+
+    bounds = attention_bounds(device_arch(q.device), q.dtype, q.shape[-1], has_bias)
+    return batch.classes(bounds, keys)
+
+
+def _bwd_classes(
+    q: Tensor, batch: PackedBatch, keys: PackedBatch, dropout_p: float, has_bias: bool
+) -> tuple[LengthClass, ...]:
+    from ..kernels._device import device_arch
+    from ..kernels._dropout import dropout_levels
+    from ..kernels._tiles import attention_bwd_bounds
+
+    bits = dropout_levels(dropout_p, coarse=True)[0]
+    arch = device_arch(q.device)
+    return batch.classes(attention_bwd_bounds(arch, q.dtype, q.shape[-1], has_bias, bits), keys)
+
+
+def parts_of(
+    q: Tensor, batch: PackedBatch, keys: PackedBatch, has_bias: bool
+) -> list[tuple[LengthClass, AttentionTile]]:
+    """What is launched for packed attention: the classes of sequences, each with its tile."""
+    return [
+        (each, _tile_for(q, each.max_seqlen_q, each.max_seqlen_k, has_bias))
+        for each in _classes(q, batch, keys, has_bias)
+    ]
+
+
 _DROPOUT = "float dropout_p, Tensor? seed"
 _attention_varlen = define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"Tensor tile_map, int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, "
+    f"Tensor[] tile_maps, int[] longest_q, int[] longest_k, float scale, {_DROPOUT}, "
     "Tensor? bias) -> (Tensor, Tensor)",
     _launch_varlen,
     lambda q, *rest: (
@@ -191,8 +226,8 @@ _attention_varlen = define(
 )
 _attention_varlen_bwd = define(
     "attention_varlen_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor tile_map_q, Tensor tile_map_k, "
-    f"int max_seqlen_q, int max_seqlen_k, float scale, {_DROPOUT}, bool fused, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor[] tile_maps_q, Tensor[] tile_maps_k, "
+    f"int[] longest_q, int[] longest_k, float scale, {_DROPOUT}, bool fused, "
     "Tensor? bias, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_varlen_bwd,
     _varlen_bwd_shapes,
@@ -227,10 +262,12 @@ def run_varlen(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed attention by the kernel: its result and the log-sum-exp that backward needs."""
-    tile = tile_for(q, batch.max_seqlen, keys.max_seqlen, bias is not None)
+    parts = parts_of(q, batch, keys, bias is not None)
     return _attention_varlen(
-        q, k, v, batch.cu_seqlens, keys.cu_seqlens, batch.tile_map(tile.block_m),
-        batch.max_seqlen, keys.max_seqlen, scale, dropout_p, seed, bias,
+        q, k, v, batch.cu_seqlens, keys.cu_seqlens,
+        tuple([each.tile_map(tile.block_m) for each, tile in parts]),
+        tuple([each.max_seqlen_q for each, _ in parts]),
+        tuple([each.max_seqlen_k for each, _ in parts]), scale, dropout_p, seed, bias,
     )  # fmt: skip
 
 
@@ -252,9 +289,16 @@ def run_varlen_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, and of the bias if it is wanted; with ``fused`` the first one is all
     three, ``[T, 3, H, D]``."""
-    tiles = _bwd_tiles(q, batch.max_seqlen, keys.max_seqlen, dropout_p, bias is not None)
+    maps_q, maps_k, longest_q, longest_k = [], [], [], []
+    for each in _bwd_classes(q, batch, keys, dropout_p, bias is not None):
+        longest = each.max_seqlen_q, each.max_seqlen_k
+        tiles = _bwd_tiles(q, *longest, dropout_p, bias is not None)
+        whole = tiles.is_whole
+        maps_q.append(each.tile_map(None if whole else tiles.dq.block_m))
+        maps_k.append(maps_q[-1] if whole else each.tile_map(tiles.dkdv.block_n, of_keys=True))
+        longest_q.append(longest[0])
+        longest_k.append(longest[1])
     return _attention_varlen_bwd(
-        do, q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens,
-        batch.tile_map(tiles.dq.block_m), keys.tile_map(tiles.dkdv.block_n), batch.max_seqlen,
-        keys.max_seqlen, scale, dropout_p, seed, fused, bias, bias_gradient,
+        do, q, k, v, out, lse, batch.cu_seqlens, keys.cu_seqlens, tuple(maps_q), tuple(maps_k),
+        tuple(longest_q), tuple(longest_k), scale, dropout_p, seed, fused, bias, bias_gradient,
     )  # fmt: skip

@@ -72,6 +72,8 @@ def varlen_in_torch(
         one_by_one: in inference each sequence may run by itself, where there is a `way_of_one`.
             Without a bias a short one's bits are then not those beside another one of its length.
     """
+    if q.numel() == 0:  # with a gradient, which is nothing for q and zeros for k and v
+        return q + k[:0].sum() + v[:0].sum()
     if keys is not batch and keys.lengths != batch.lengths:
         return _cross_in_torch(q, k, v, batch, keys, scale, dropout_p, unfused)
     parts = []
@@ -89,7 +91,7 @@ def varlen_in_torch(
         parts.append(part.transpose(1, 2).flatten(0, 1))
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if parts else q.new_zeros(q.shape)
+    return torch.cat(parts)
 
 
 def way_of_one(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..packing import PackedBatch
 from . import onednn
-from .attention_kernels import MAX_HEAD_SIZE, tile_for
+from .attention_kernels import MAX_HEAD_SIZE, parts_of
 from .backend import resolve
 from .linear import plain_on_cpu, route, rows_on_onednn
 from .registry import takes_launches
@@ -96,12 +96,15 @@ class LayerLaunches:
 
         def attend(*rows: Tensor) -> Tensor:
             q, k, v = (t.unflatten(-1, (-1, head_size)) for t in rows)
-            tile = tile_for(q, batch.max_seqlen, batch.max_seqlen, batch.bias is not None)
+            parts = [
+                (each.tile_map(tile.block_m), tile)
+                for each, tile in parts_of(q, batch, batch, batch.bias is not None)
+            ]
             starts = batch.cu_seqlens
-            return attention_varlen_fwd(
-                q, k, v, starts, starts, batch.tile_map(tile.block_m), tile, scale=scale,
-                bias=batch.bias,
-            )[0].flatten(1)  # fmt: skip
+            out, _ = attention_varlen_fwd(
+                q, k, v, starts, starts, parts, scale=scale, bias=batch.bias
+            )
+            return out.flatten(1)
 
         def add_norm(at: int, x: Tensor, residual: Tensor, *tensors: Tensor | None):
             found = layernorm_fwd(x, residual, *tensors, eps=eps[at], keep_sum=keep_sum)
