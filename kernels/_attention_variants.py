@@ -72,12 +72,16 @@ def attention_variants(arch: int, dtype: torch.dtype, fields: dict[str, int]) ->
                 length = min(tile.block_n, 128) if tile.single else 512
                 cost = _cost.attention_cost([length] * 64, 12, head_dim, dtype.itemsize)
                 count = 64 * 12 * up(length, tile.block_m) * up(length, tile.block_n)
-                yield make_variant(
-                    kernel, attention_label(kernel, head_dim, tile, form), arch, dtype,
-                    {**tensors, **extra}, none, constants, tile,
-                    (tile.block_m * tile.block_n, "score"),
-                    (f"64 sequences of {length}, 12 heads", cost, count), has_dot=True,
-                )  # fmt: skip
+                label = attention_label(kernel, head_dim, tile, form)
+                uses = {"": none}
+                if not form.dropout_bits:
+                    uses[", inference"] = (*none, "lse_ptr")
+                for use, absent in uses.items():
+                    yield make_variant(
+                        kernel, label + use, arch, dtype, {**tensors, **extra}, absent, constants,
+                        tile, (tile.block_m * tile.block_n, "score"),
+                        (f"64 sequences of {length}, 12 heads", cost, count), has_dot=True,
+                    )  # fmt: skip
 
 
 def attention_bwd_variants(

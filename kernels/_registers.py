@@ -5,7 +5,8 @@ eight warps that takes 130 is alone there, so that two warps of each scheduler h
 they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the variants that can do with
 that many, without a stack and with at most a twentieth more instructions in their inner loop. They
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
-one that is here and needs a stack. **Not timed on a GPU.**
+one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
+it less by itself, and a stack, for a third program. **Not timed on a GPU.**
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ attention_fwd_kernel sm_90 bf16 D16 128x32 online padded, mask and bias per quer
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 16 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 8 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online padded, mask, dropout 8 bit
+attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
 """.strip().splitlines()
 )
 

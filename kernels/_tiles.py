@@ -186,7 +186,7 @@ _AMPERE: dict[bool, dict[int, _Tiles]] = {
     True: {
         16: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
         32: ((64, 64, 4, 1), (64, 128, 8, 1), (128, 32, 8, 2)),
-        64: ((64, 64, 4, 1), (64, 128, 8, 1), (64, 64, 4, 2)),
+        64: ((64, 64, 4, 1), (32, 128, 8, 1), (64, 64, 4, 2)),
         128: ((64, 64, 4, 1), (32, 32, 4, 2)),
     },
 }
@@ -445,7 +445,8 @@ def layernorm_tile(width: int, arch: int) -> RowTile:
     """A program per row of a wide model, several rows of a narrow one."""
     block_n = next_power_of_2(width)
     rows = max(1, min(16, (1024 if block_n <= 512 else 2048) // block_n))
-    num_warps = 2 if block_n <= 512 else 4 if block_n <= 2048 else 16
+    widest = 32 if _known(arch) == 89 else 16  # where 16 spill in fp32
+    num_warps = 2 if block_n <= 512 else 4 if block_n <= 2048 else 16 if block_n <= 4096 else widest
     return _choose(f"layernorm {block_n}", arch, RowTile(rows, block_n, num_warps))
 
 

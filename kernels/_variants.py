@@ -46,11 +46,13 @@ _WIDTHS = (32, 384, 768, 1024, 4096, 8192)
 
 def _layernorm(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterator[Variant]:
     rows = ("y_ptr", "x_ptr", "residual_ptr", "input_bias_ptr", "weight_ptr", "bias_ptr")
-    tensors = {**dict.fromkeys(rows), "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    training = {**tensors, "z_ptr": None, "seed_ptr": "*i64"}
+    tensors = dict.fromkeys(rows)
+    training = {**tensors, "z_ptr": None, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    training["seed_ptr"] = "*i64"
+    inference = ("z_ptr", "mean_ptr", "rstd_ptr", "seed_ptr")
     forms = {  # what there is, what not
-        "residual and bias": (tensors, ("z_ptr", "seed_ptr")),
-        "plain": (tensors, ("z_ptr", "seed_ptr", "residual_ptr", "input_bias_ptr")),
+        "residual and bias": (tensors, inference),
+        "plain": (tensors, (*inference, "residual_ptr", "input_bias_ptr")),
         "residual, bias, dropout, sum": (training, ()),
     }
     for width in _WIDTHS:
@@ -118,7 +120,7 @@ def _embedding(arch: int, dtype: torch.dtype, fields: dict[str, int]) -> Iterato
     for width in _WIDTHS:
         for tile in changed([layernorm_tile(width, arch)], fields):
             constants = {"N": width, "ROWS": tile.rows, "BLOCK_N": tile.block_n}
-            for form, none in (("", ("z_ptr",)), (" sum", ())):
+            for form, none in (("", ("z_ptr", "mean_ptr", "rstd_ptr")), (" sum", ())):
                 yield make_variant(
                     embedding._embedding_fwd_kernel, f"N{width}{form}", arch, dtype,
                     {**tensors, "z_ptr": None}, none, constants,

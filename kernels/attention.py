@@ -13,9 +13,10 @@ masked tail. The scale is applied after the product, in fp32, not to the 16-bit 
 scores in units of log2; without a bias, scaling and taking off the maximum are one fma, which is an
 instruction less for every score. So the scale must be positive.
 
-Kept for backward: the log-sum-exp of each row, fp32, in log2 units, ``-inf`` for a row without a
-key. Such a row gives zeros. Scores and statistics are fp32; p is rounded to v's dtype before the
-second product. Dropout (`_dropout.py`) drops weights after their sum was taken.
+Kept for backward, where there will be one: the log-sum-exp of each row, fp32, in log2 units,
+``-inf`` for a row without a key. Such a row gives zeros. Scores and statistics are fp32; p is
+rounded to v's dtype before the second product. Dropout (`_dropout.py`) drops weights after their
+sum was taken.
 """
 
 from collections.abc import Sequence
@@ -217,9 +218,9 @@ def _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, d
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_o_t + offs_d[None, :]
     tl.store(out_ptrs, out, mask=mask)
-    tl.store(
-        lse_ptr + offs_m, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(safe)), mask=mask_m
-    )
+    if lse_ptr is not None:
+        lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(safe))
+        tl.store(lse_ptr + offs_m, lse, mask=mask_m)
 
 
 # The strides of lse and mask are lengths; they select no faster code.
@@ -231,7 +232,7 @@ def _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, d
 )  # fmt: skip
 def _attention_fwd_kernel(
     out_ptr,  # [T, H, D] or [B, S, H, D]
-    lse_ptr,  # [H, T] or [B, H, S], fp32
+    lse_ptr,  # [H, T] or [B, H, S], fp32, or None
     q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     key_mask_ptr,  # [B, Sk] or None
     bias_ptr,  # [B, H, Sq, Sk] by strides or None; packed, by places in a sequence
@@ -262,7 +263,8 @@ def _attention_fwd_kernel(
     k_ptr += sequence * stride_k_b + k_start * stride_k_t + head * stride_k_h
     v_ptr += sequence * stride_v_b + k_start * stride_v_t + head * stride_v_h
     out_ptr += sequence * stride_o_b + (q_start + first_m) * stride_o_t + head * stride_o_h
-    lse_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start + first_m
+    if lse_ptr is not None:
+        lse_ptr += sequence * stride_lse_b + head * stride_lse_h + q_start + first_m
     if key_mask_ptr is not None:
         key_mask_ptr += sequence * stride_mask_b
     if bias_ptr is not None:
@@ -356,7 +358,8 @@ def attention_varlen_fwd(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed attention.
 
     Args:
@@ -369,13 +372,16 @@ def attention_varlen_fwd(
         dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
         bias: floating ``[H, S, S]`` for all sequences, S at least the longest one's length; or
             None.
+        keep_lse: write the log-sum-exp too, for backward.
 
     Returns:
-        ``[Tq, H, D]`` contiguous, and the log-sum-exp in log2 units, fp32 ``[H, Tq]``.
+        ``[Tq, H, D]`` contiguous, and the log-sum-exp in log2 units, fp32 ``[H, Tq]``, or None.
     """
     total, num_heads, _ = q.shape
     out = q.new_empty(q.shape)
-    lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
+    lse = None
+    if keep_lse:
+        lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
     for tile_map, tile in parts:
         if tile_map.shape[0] and num_heads:
             maps = (cu_seqlens_q, cu_seqlens_k, tile_map)
@@ -396,7 +402,8 @@ def attention_padded_fwd(
     scale: float,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Padded attention.
 
     Args:
@@ -405,15 +412,18 @@ def attention_padded_fwd(
         bias: floating, expanded to ``[B, H, Sq, Sk]``, or None.
         scale: factor for the scores, positive.
         dropout_p, seed: probability of dropping a weight, and an int64 ``[1]`` if it is not 0.
+        keep_lse: write the log-sum-exp too, for backward.
 
     Returns:
         ``[B, H, Sq, D]`` as a view of a contiguous ``[B, Sq, H, D]``, and the log-sum-exp in log2
-        units, fp32 ``[B, H, Sq]``.
+        units, fp32 ``[B, H, Sq]``, or None.
     """
     batch_size, num_heads, len_q, head_dim = q.shape
     len_k = k.shape[2]
     out = q.new_empty(batch_size, len_q, num_heads, head_dim).transpose(1, 2)
-    lse = torch.empty(batch_size, num_heads, len_q, dtype=torch.float32, device=q.device)
+    lse = None
+    if keep_lse:
+        lse = torch.empty(batch_size, num_heads, len_q, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     tile = attention_tile(
@@ -440,7 +450,7 @@ def _launch(
     launch(
         _attention_fwd_kernel, grid,
         out, lse, q, k, v, key_mask, bias, seed if bits else None, *maps,
-        *strides_of(out), *((0, *lse.stride())[-3:-1]),
+        *strides_of(out), *((0, 0) if lse is None else (0, *lse.stride())[-3:-1]),
         *strides_of(q), *strides_of(k), *strides_of(v),
         0 if key_mask is None else key_mask.stride(0),
         *((0, 0, 0, 0) if bias is None else bias.stride()),

@@ -2,9 +2,9 @@
 
 ``y[t] = norm(word[token_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])``.
 Reads one row of each table per token and writes one; the sum, mean and rstd, fp32 ``[T]``, are kept
-for backward, which is LayerNorm's and then torch's sum of rows by id. An id outside its table reads
-nothing and makes its row NaN: looking at ids on the host would cost a synchronisation, and reading
-past a table would not be noticed at all.
+where there will be a backward, which is LayerNorm's and then torch's sum of rows by id. An id
+outside its table reads nothing and makes its row NaN: looking at ids on the host would cost a
+synchronisation, and reading past a table would not be noticed at all.
 """
 
 import torch
@@ -38,8 +38,8 @@ def _gather(table_ptr, ids_ptr, num_rows, offs_m, mask_m, offs_n, mask_n, stride
 )  # fmt: skip
 def _embedding_fwd_kernel(
     y_ptr,  # [M, N]
-    z_ptr,  # [M, N], the sum, or None
-    mean_ptr, rstd_ptr,  # [M], fp32
+    z_ptr,  # [M, N], the sum, or None, as mean and rstd are then
+    mean_ptr, rstd_ptr,  # [M], fp32, or None
     token_ids_ptr, position_ids_ptr,  # [M]
     token_type_ids_ptr,  # [M] or None
     word_ptr, position_ptr,  # [rows, N]
@@ -73,8 +73,8 @@ def _embedding_fwd_kernel(
     if z_ptr is not None:
         z_ptrs = z_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 def embedding_fwd(
@@ -90,7 +90,7 @@ def embedding_fwd(
     eps: float,
     keep_sum: bool = False,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Embeddings of packed ids.
 
     Args:
@@ -98,11 +98,11 @@ def embedding_fwd(
         word, position, token_type: tables ``[rows, E]``, E up to 8192; the last may be None.
         weight, bias: ``[E]`` of the LayerNorm, or None.
         eps: added to the variance.
-        keep_sum: write the sum too, for backward.
+        keep_sum: write the sum and its statistics too, for backward.
         out_dtype: of y, that of the tables if None.
 
     Returns:
-        y ``[T, E]``, z ``[T, E]`` or None, mean and rstd of each row, fp32 ``[2, T]``.
+        y ``[T, E]``; z ``[T, E]`` or None; mean and rstd of each row, fp32 ``[2, T]``, or None.
     """
     m, n = token_ids.shape[0], word.shape[1]
     assert n <= MAX_ROW, f"rows of at most {MAX_ROW}, got {n}"
@@ -111,15 +111,17 @@ def embedding_fwd(
               (word, position, token_type)]  # fmt: skip
     ids = [t if t is None else t.contiguous() for t in (token_ids, position_ids, token_type_ids)]
     y = torch.empty(m, n, dtype=out_dtype or word.dtype, device=word.device)
-    z = torch.empty(m, n, dtype=word.dtype, device=word.device) if keep_sum else None
-    statistics = torch.empty(2, m, dtype=torch.float32, device=word.device)
+    z = statistics = None
+    if keep_sum:
+        z = torch.empty(m, n, dtype=word.dtype, device=word.device)
+        statistics = torch.empty(2, m, dtype=torch.float32, device=word.device)
     if m == 0:
         return y, z, statistics
     tile = layernorm_tile(n, device_arch(word.device))
     launch(
         _embedding_fwd_kernel, (cdiv(m, tile.rows),),
-        y, z, *statistics.unbind(), *ids, *tables, weight, bias,
-        y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
+        y, z, *((None, None) if statistics is None else statistics.unbind()), *ids, *tables,
+        weight, bias, y.stride(0), *(0 if t is None else t.stride(0) for t in tables),
         m, *(0 if t is None else t.shape[0] for t in tables), float(eps),
         N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip

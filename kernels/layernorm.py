@@ -1,7 +1,7 @@
 """LayerNorm over a sum: ``y = norm(dropout(x + input_bias) + residual) * weight + bias``.
 
 Forward is one pass: x and the residual are read once, y is written once, and so is the sum z where
-backward will want it. Two fp32 statistics per row, mean and ``1 / sqrt(var + eps)``, are kept. The
+backward will want it, with two fp32 statistics per row, mean and ``1 / sqrt(var + eps)``. The
 variance is of the centred values, in fp32 registers, so that a large common offset costs no
 precision. Rows are padded to a power of two; narrow rows share a program. (Ba et al., 1607.06450.)
 
@@ -65,7 +65,7 @@ def normalize(z, mask_n, weight_ptr, bias_ptr, offs_n, eps, N: tl.constexpr):
 def _layernorm_fwd_kernel(
     y_ptr,  # [M, N]
     z_ptr,  # [M, N], the sum, or None
-    mean_ptr, rstd_ptr,  # [M], fp32
+    mean_ptr, rstd_ptr,  # [M], fp32, or None
     x_ptr,  # [M, N]
     residual_ptr,  # [M, N] or None
     input_bias_ptr,  # [N] or None
@@ -99,8 +99,9 @@ def _layernorm_fwd_kernel(
     if z_ptr is not None:
         z_ptrs = z_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=STATISTICS)
@@ -200,8 +201,9 @@ def layernorm_fwd(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     keep_sum: bool = False,
+    keep_statistics: bool = False,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """LayerNorm of a sum.
 
     Args:
@@ -210,11 +212,13 @@ def layernorm_fwd(
         input_bias, weight, bias: ``[N]`` or None. Dtypes may differ.
         eps: added to the variance.
         dropout_p, seed: of ``x + input_bias``; an int64 ``[1]`` if p is not 0.
-        keep_sum: write the sum too, for backward.
+        keep_sum: write the sum too.
+        keep_statistics: write mean and rstd too, which backward needs beside the sum.
         out_dtype: of y, that of x if None; the sum has the wider one of x and the residual.
 
     Returns:
-        y ``[M, N]``; z ``[M, N]`` contiguous, or None; mean and rstd of each row, fp32 ``[2, M]``.
+        y ``[M, N]``; z ``[M, N]`` contiguous, or None; mean and rstd of each row, fp32 ``[2, M]``,
+        or None.
     """
     m, n = x.shape
     assert n <= MAX_ROW, f"rows of at most {MAX_ROW}, got {n}"
@@ -226,14 +230,17 @@ def layernorm_fwd(
     if keep_sum:
         wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         z = torch.empty(m, n, dtype=wide, device=x.device)
-    statistics = torch.empty(2, m, dtype=torch.float32, device=x.device)
+    statistics = None
+    if keep_statistics:
+        statistics = torch.empty(2, m, dtype=torch.float32, device=x.device)
     if y.numel() == 0:
         return y, z, statistics
     bits, threshold, scale = dropout_levels(dropout_p, coarse=False)
     tile = layernorm_tile(n, device_arch(x.device))
     launch(
         _layernorm_fwd_kernel, (cdiv(m, tile.rows),),
-        y, z, *statistics.unbind(), x, residual, input_bias, weight, bias, seed if bits else None,
+        y, z, *((None, None) if statistics is None else statistics.unbind()),
+        x, residual, input_bias, weight, bias, seed if bits else None,
         y.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), m, float(eps),
         threshold, scale,
         N=n, ROWS=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps,

@@ -68,7 +68,7 @@ def test_layer_norm_statistics_are_fp32_and_right(device):
     from fastbert.kernels.layernorm import layernorm_fwd
 
     x, residual = torch.randn(2, 5, 96).to(device, torch.bfloat16)
-    _, z, statistics = layernorm_fwd(x, residual, None, None, None, eps=1e-5)
+    _, z, statistics = layernorm_fwd(x, residual, None, None, None, eps=1e-5, keep_statistics=True)
     assert z is None and statistics.dtype == torch.float32
     mean, rstd = statistics
     z = x.double() + residual.double()
@@ -181,7 +181,8 @@ def test_layer_norm_can_be_had_again_from_its_sum(dtype, device):
 
     x, residual = torch.randn(2, 9, 77).to(device, dtype)
     weight, bias = torch.randn(2, 77).to(device, dtype)
-    y, z, statistics = layernorm_fwd(x, residual, None, weight, bias, eps=1e-5, keep_sum=True)
+    y, z, statistics = layernorm_fwd(x, residual, None, weight, bias, eps=1e-5, keep_sum=True,
+                                     keep_statistics=True)  # fmt: skip
     again = layernorm_again(z, statistics, weight, bias, out_dtype=dtype)
     if dtype == torch.float32:
         assert torch.equal(again, y)

@@ -180,6 +180,31 @@ def test_embeddings_are_the_same_in_place_and_leave_their_tables(types, position
         assert all(map(torch.equal, tables, before))
 
 
+@pytest.mark.parametrize("name", ["attention_varlen", "attention", "layer_norm", "embed"])
+def test_what_only_backward_reads_is_written_only_where_there_will_be_one(
+    name, device, monkeypatch
+):
+    from fastbert.kernels import attention, embedding, layernorm
+
+    written = []
+
+    def launch(kernel, grid, *args, original=attention.launch, **named):
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        kept = ("lse_ptr", "z_ptr", "mean_ptr", "rstd_ptr")
+        written.append({given[n] is not None for n in kept if n in given})
+        original(kernel, grid, *args, **named)
+
+    for module in (attention, embedding, layernorm):
+        monkeypatch.setattr(module, "launch", launch)
+    for grad in (False, True):
+        function, tensors = example(name, device, grad=grad)[:2]
+        with fastbert.backend("triton"):
+            function(*tensors)
+            with torch.no_grad():
+                function(*tensors)
+    assert written == [{False}, {False}, {True}, {False}]
+
+
 def registered_calls(device):
     batch = batch_of(device)
     maps = (batch.classes(())[0].tile_map(32),)
@@ -194,12 +219,12 @@ def registered_calls(device):
     places = torch.randn(2, 12, 12, device=device)
     bias = torch.randn(2, 9, 9, device=device)[:, None].expand(2, 2, 9, 9)
     return {
-        "attention_varlen": (q, k, v, cu, cu, maps, (12,), (12,), 0.25, 0.1, seed, places),
+        "attention_varlen": (q, k, v, cu, cu, maps, (12,), (12,), 0.25, 0.1, seed, places, True),
         "attention_varlen_bwd": (
             q, q, k, v, v, lse, cu, cu, maps, maps, (12,), (12,), 0.25, 0.1, seed, True,
             places, True,
         ),
-        "attention_padded": (*p, None, None, 0.25, 0.1, seed),
+        "attention_padded": (*p, None, None, 0.25, 0.1, seed, False),
         "attention_padded_bwd": (
             p[0], *p, p[0], p[0, ..., 0].contiguous(), None, bias, 0.25, 0.1, seed, True,
         ),

@@ -62,7 +62,8 @@ class _AttentionPadded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
         kept, share = _leveled(bias, key_mask)
-        out, lse = attention_padded(q, k, v, key_mask, _full(kept, q, k), scale, dropout_p, seed)
+        full = _full(kept, q, k)
+        out, lse = attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed, True)
         ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, share, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         ctx.bias_shape = None if bias is None else bias.shape
@@ -248,7 +249,8 @@ def _differentiable(
     if wants_gradient(bias, *tensors):
         return _AttentionVarlen.apply(batch, keys, scale, dropout_p, seed, bias, *tensors)
     q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
-    return run_varlen(q, k, v, batch, keys, scale, dropout_p, seed, bias)[0]
+    # With dropout what training has compiled serves.
+    return run_varlen(q, k, v, batch, keys, scale, dropout_p, seed, bias, dropout_p > 0.0)[0]
 
 
 def attention(
@@ -324,7 +326,7 @@ def attention(
     if wants_gradient(q, k, v, bias):
         return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
     full = _full(_leveled(bias, key_mask)[0], q, k)
-    return attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed)[0]
+    return attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed, dropout_p > 0.0)[0]
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:

@@ -39,15 +39,17 @@ def _launch_varlen(
     dropout_p: float,
     seed: Tensor | None,
     bias: Tensor | None,
+    keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_varlen_fwd
 
     lengths = zip(longest_q, longest_k, strict=True)
     tiles = [_tile_for(q, *longest, bias is not None) for longest in lengths]
-    return attention_varlen_fwd(
+    out, lse = attention_varlen_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_k, list(zip(tile_maps, tiles, strict=True)), scale=scale,
-        dropout_p=dropout_p, seed=seed, bias=bias,
+        dropout_p=dropout_p, seed=seed, bias=bias, keep_lse=keep_lse,
     )  # fmt: skip
+    return out, lse if keep_lse else q.new_empty(0, dtype=torch.float32)
 
 
 def _launch_varlen_bwd(
@@ -106,12 +108,14 @@ def _launch_padded(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.attention import attention_padded_fwd
 
-    return attention_padded_fwd(
-        q, k, v, key_mask, bias, scale=scale, dropout_p=dropout_p, seed=seed
+    out, lse = attention_padded_fwd(
+        q, k, v, key_mask, bias, scale=scale, dropout_p=dropout_p, seed=seed, keep_lse=keep_lse
     )
+    return out, lse if keep_lse else q.new_empty(0, dtype=torch.float32)
 
 
 def _launch_padded_bwd(
@@ -217,11 +221,11 @@ _DROPOUT = "float dropout_p, Tensor? seed"
 _attention_varlen = define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     f"Tensor[] tile_maps, int[] longest_q, int[] longest_k, float scale, {_DROPOUT}, "
-    "Tensor? bias) -> (Tensor, Tensor)",
+    "Tensor? bias, bool keep_lse) -> (Tensor, Tensor)",
     _launch_varlen,
     lambda q, *rest: (
         q.new_empty(q.shape),
-        q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
+        q.new_empty((q.shape[1], q.shape[0]) if rest[-1] else 0, dtype=torch.float32),
     ),
 )
 _attention_varlen_bwd = define(
@@ -234,11 +238,11 @@ _attention_varlen_bwd = define(
 )
 attention_padded = define(
     "attention_padded(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, "
-    f"float scale, {_DROPOUT}) -> (Tensor, Tensor)",
+    f"float scale, {_DROPOUT}, bool keep_lse) -> (Tensor, Tensor)",
     _launch_padded,
     lambda q, *rest: (
         q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2),
-        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(q.shape[:3] if rest[-1] else 0, dtype=torch.float32),
     ),
 )
 attention_padded_bwd = define(
@@ -260,14 +264,16 @@ def run_varlen(
     dropout_p: float,
     seed: Tensor | None,
     bias: Tensor | None = None,
+    keep_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Packed attention by the kernel: its result and the log-sum-exp that backward needs."""
+    """Packed attention by the kernel: its result and the log-sum-exp that backward needs, or
+    nothing in its place."""
     parts = parts_of(q, batch, keys, bias is not None)
     return _attention_varlen(
         q, k, v, batch.cu_seqlens, keys.cu_seqlens,
         tuple([each.tile_map(tile.block_m) for each, tile in parts]),
         tuple([each.max_seqlen_q for each, _ in parts]),
-        tuple([each.max_seqlen_k for each, _ in parts]), scale, dropout_p, seed, bias,
+        tuple([each.max_seqlen_k for each, _ in parts]), scale, dropout_p, seed, bias, keep_lse,
     )  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def _launch(
         token_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps=eps,
         keep_sum=keep_sum, out_dtype=dtype,
     )  # fmt: skip
-    return y, word.new_empty(0) if z is None else z, statistics
+    if not keep_sum:
+        return y, word.new_empty(0), word.new_empty(0, dtype=torch.float32)
+    return y, z, statistics
 
 
 def _shapes(ids, position_ids, types, word, position, token_type, weight, bias, eps, keep, dtype):
@@ -42,7 +44,7 @@ def _shapes(ids, position_ids, types, word, position, token_type, weight, bias, 
     return (
         word.new_empty(shape, dtype=dtype),
         word.new_empty(shape) if keep else word.new_empty(0),
-        word.new_empty(2, ids.shape[0], dtype=torch.float32),
+        word.new_empty((2, ids.shape[0]) if keep else 0, dtype=torch.float32),
     )
 
 

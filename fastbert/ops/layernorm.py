@@ -36,9 +36,11 @@ def _launch(
 
     y, z, statistics = layernorm_fwd(
         x, residual, input_bias, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed,
-        keep_sum=keep_sum, out_dtype=dtype,
+        keep_sum=keep_sum, keep_statistics=keep_sum, out_dtype=dtype,
     )  # fmt: skip
-    return y, x.new_empty(0) if z is None else z, statistics
+    if not keep_sum:
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    return y, z, statistics
 
 
 def _shapes(x, weight, bias, eps, residual, input_bias, dropout_p, seed, keep_sum, dtype):
@@ -46,7 +48,7 @@ def _shapes(x, weight, bias, eps, residual, input_bias, dropout_p, seed, keep_su
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(x.shape, dtype=wide) if keep_sum else x.new_empty(0),
-        x.new_empty(2, x.shape[0], dtype=torch.float32),
+        x.new_empty((2, x.shape[0]) if keep_sum else 0, dtype=torch.float32),
     )
 
 
