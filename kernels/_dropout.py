@@ -3,10 +3,13 @@
 No mask is stored. Kernels and `scores_kept`, `values_kept` - the same in torch, for tests - compute
 it from a 64-bit seed, which is in a tensor on the device so that a captured CUDA graph can be
 replayed with new ones. The seed and what is masked (a head of a sequence, a row) make two 32-bit
-keys; the position is mixed with both by a finaliser of the murmur kind, whose constants are
-Wellons's lowbias32 (github.com/skeeto/hash-prospector). One 32-bit word serves several values: the
-2x2 block of rows r, r + 8 and columns c, c + 8, which one thread owns in the layout of the matrix
-units whichever way a tile is turned, or two neighbours of a row.
+keys, by a finaliser of the murmur kind, whose constants are Wellons's lowbias32
+(github.com/skeeto/hash-prospector), which also mixes them with a place in a row. The place of a
+score, of which there are many more for each byte of memory, goes through two products of 64 bits,
+each folded to 32, with the multipliers of Philox (Salmon et al., SC 2011): three instructions a
+round, which no statistic of `tests/test_dropout.py` tells from chance. One 32-bit word serves
+several values: the 2x2 block of rows r, r + 8 and columns c, c + 8, which one thread owns in the
+layout of the matrix units whichever way a tile is turned, or two neighbours of a row.
 
 Fields of 8 or 16 bits make the probability a multiple of 1/256 or 1/65536. `dropout_levels` takes 8
 bits for scores where that changes p by at most 2 % of p (0.1 becomes 0.1016), and what stays is
@@ -43,6 +46,19 @@ def dropout_keys(seed_ptr, major, minor):
 
 
 @triton.jit
+def _folded(x, factor):
+    """Both halves of a product of 32-bit words, one on the other by exclusive or."""
+    product = x.to(tl.uint64) * factor
+    return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
+
+
+@triton.jit
+def _word(position, key_0, key_1):
+    """A random word for a position, by two keys."""
+    return _folded(_folded(position.to(tl.uint32) + key_0, 0xD2511F53) ^ key_1, 0xCD9E8D57)
+
+
+@triton.jit
 def keep_scores(key_0, key_1, rows, first_row, columns, first_column, threshold,
                 BITS: tl.constexpr):  # fmt: skip
     """Which scores of a tile stay.
@@ -50,17 +66,20 @@ def keep_scores(key_0, key_1, rows, first_row, columns, first_column, threshold,
     ``rows`` and ``columns`` come from ``tl.arange`` and are expanded, either way round: only then
     does the compiler see that four values share a word. The tile's first ones are multiples of 16.
     """
-    column = (((columns >> 4) * 8 + (columns & 7)) + first_column // 2).to(tl.uint32)
+    column = (columns >> 4) * 8 + (columns & 7)
     if BITS == 8:
-        row = (((rows >> 4) * 8 + (rows & 7)) + first_row // 2).to(tl.uint32)
-        word = _mix(((row << 16) | column) ^ key_0, key_1)
-        shift = (((rows >> 3) & 1) * 16 + ((columns >> 3) & 1) * 8).to(tl.uint32)
-        return ((word >> shift) & 0xFF) >= threshold
+        row = (rows >> 4) * 8 + (rows & 7)
+        first = (first_row // 2 << 16) + first_column // 2
+        field = ((rows >> 3) & 1) * 2 + ((columns >> 3) & 1)
     else:
-        row = (rows + first_row).to(tl.uint32)
-        word = _mix(((row << 16) | column) ^ key_0, key_1)
-        shift = (((columns >> 3) & 1) * 16 + rows * 0).to(tl.uint32)
-        return ((word >> shift) & 0xFFFF) >= threshold
+        row = rows
+        first = (first_row << 16) + first_column // 2
+        field = ((columns >> 3) & 1) + rows * 0
+    word = _word((row << 16) + column, first.to(tl.uint32) + key_0, key_1)
+    # The field is where a word has its highest bits, so that what is below it decides nothing; one
+    # less than the threshold, which may be all values of a field.
+    high = word << (32 - BITS - BITS * field).to(tl.uint32)
+    return high > (threshold.to(tl.uint32) << (32 - BITS)) - 1
 
 
 @triton.jit
@@ -100,6 +119,14 @@ def _mix_ref(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def _word_ref(position: torch.Tensor, key_0: torch.Tensor, key_1: torch.Tensor) -> torch.Tensor:
+    def folded(x: torch.Tensor, factor: int) -> torch.Tensor:
+        product = x * factor  # its low 64 bits, whatever the sign
+        return (product >> 32 ^ product) & 0xFFFFFFFF
+
+    return folded(folded(position + key_0 & 0xFFFFFFFF, 0xD2511F53) ^ key_1, 0xCD9E8D57)
+
+
 def _keys_ref(seed: int, major: torch.Tensor, minor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     low, high = (torch.tensor(s & 0xFFFFFFFF) for s in (seed, seed >> 32))
     first = _mix_ref(_mix_ref((major & 0xFFFFFFFF) ^ low, high) ^ (minor & 0xFFFFFFFF), low)
@@ -126,7 +153,7 @@ def scores_kept(
         shift = shift + (row >> 3 & 1) * 16
         row = (row >> 4) * 8 + (row & 7)
     column = (column >> 4) * 8 + (column & 7)
-    word = _mix_ref((row << 16 | column) ^ key_0, key_1)
+    word = _word_ref(row << 16 | column, key_0, key_1)
     return ((word >> shift & (1 << bits) - 1) >= threshold) * torch.tensor(scale).double()
 
 

@@ -1,4 +1,4 @@
-"""How many registers a thread of attention may have, where fewer make room for a second program.
+"""How many registers a thread of attention may have, where fewer make room for another program.
 
 ptxas hands out registers without asking how many programs then fit a multiprocessor. A kernel of
 eight warps that takes 130 is alone there, so that two warps of each scheduler have to hide what
@@ -6,7 +6,8 @@ they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the varia
 that many, without a stack and with at most a twentieth more instructions in their inner loop. They
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
 one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
-it less by itself, and a stack, for a third program. **Not timed on a GPU.**
+it less by itself, and a stack, for a third program. `MORE_PROGRAMS` names a few of smaller
+programs, of which one more fits. **Not timed on a GPU.**
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ._device import device_arch
 from ._tiles import AttentionTile, _remember
 
 __all__ = [
-    "ONE_UNDER_36", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label", "limited",
-    "limited_for", "registers_of_two", "variant_name",
+    "MORE_PROGRAMS", "ONE_UNDER_36", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
+    "limited", "limited_for", "registers_for", "variant_name",
 ]  # fmt: skip
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -68,9 +69,9 @@ def attention_label(kernel, head_dim: int, tile: AttentionTile, form: Form) -> s
     return f"D{head_dim} {tile.block_m}x{tile.block_n}{step} {form}"
 
 
-def registers_of_two(num_warps: int) -> int:
-    """Most registers of a thread with which two programs of so many warps fit."""
-    return min(255, _REGISTERS // (2 * 32 * num_warps) // _UNIT * _UNIT)
+def registers_for(programs: int, num_warps: int) -> int:
+    """Most registers of a thread with which this many programs of so many warps fit."""
+    return min(255, _REGISTERS // (programs * 32 * num_warps) // _UNIT * _UNIT)
 
 
 def limited(
@@ -96,23 +97,24 @@ def limited(
 def limited_for(
     tile: AttentionTile, kernel, arch: int, dtype: torch.dtype, head_dim: int, form: Form
 ) -> AttentionTile:
-    """The tile with a limit of registers where `TWO_PROGRAMS` has the variant, else as it is.
+    """The tile with a limit of registers where `TWO_PROGRAMS` or `MORE_PROGRAMS` has the variant,
+    else as it is.
 
     bf16 stands for both 16-bit types, and sm_89 for sm_86.
     """
     known = torch.bfloat16 if dtype == torch.float16 else dtype
     label = attention_label(kernel, head_dim, tile, form)
     name = variant_name(kernel, 89 if arch == 86 else arch, known, label)
-    if tile.max_registers is not None or name not in TWO_PROGRAMS:
+    programs = 2 if name in TWO_PROGRAMS else MORE_PROGRAMS.get(name)
+    if tile.max_registers is not None or programs is None:
         return tile
-    return dataclasses.replace(tile, max_registers=registers_of_two(tile.num_warps))
+    return dataclasses.replace(tile, max_registers=registers_for(programs, tile.num_warps))
 
 
 TWO_PROGRAMS = frozenset(
     """
 attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query
 attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias
-attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
 attention_bwd_kernel_dkdv sm_80 fp32 D16 32x32 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
 attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
@@ -128,7 +130,9 @@ attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dr
 attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
 attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
 attention_bwd_kernel_whole sm_89 bf16 D16 128x128 packed
+attention_bwd_kernel_whole sm_89 fp32 D64 32x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_whole sm_90 fp32 D128 16x32 packed, bias
+attention_bwd_kernel_whole sm_90 fp32 D64 32x32 padded, mask and bias per query, dropout 8 bit
 attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query
 attention_fwd_kernel sm_80 bf16 D16 64x128 single padded, mask and bias per query
 attention_fwd_kernel sm_80 bf16 D32 128x64 online packed, dropout 8 bit
@@ -143,11 +147,19 @@ attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
 """.strip().splitlines()
 )
 
+MORE_PROGRAMS = {
+    "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
+    "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,
+    "attention_fwd_kernel sm_90 bf16 D32 64x64 online packed, dropout 8 bit": 4,
+}
+
 # Fit as well with the compiler of triton 3.7, and not with that of 3.6: 8 to 256 bytes of stack.
 ONE_UNDER_36 = frozenset(
     """
 attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
 attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed, dropout 8 bit
 attention_bwd_kernel_dq sm_89 bf16 D16 128x64 padded, mask and bias per query
 attention_bwd_kernel_dq sm_90 bf16 D16 128x64 padded, mask and bias per query

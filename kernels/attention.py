@@ -162,7 +162,7 @@ def weights(s, pivot, scale_log2, SCALED: tl.constexpr):
 @triton.jit
 def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                  stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
-                 key_0, key_1, first_m, first_n, dropout_threshold,
+                 key_0, key_1, first_m, first_n, dropout_threshold, nothing,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
                  DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """Takes one tile of keys into the running maximum, sum and output."""
@@ -181,7 +181,7 @@ def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m,
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,
                            dropout_threshold, DROPOUT_BITS)  # fmt: skip
-        p = tl.where(keep, p, 0.0)
+        p = tl.where(keep, p, nothing)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
@@ -273,6 +273,9 @@ def _attention_fwd_kernel(
     key_0, key_1 = 0, 0
     if DROPOUT_BITS:
         key_0, key_1 = dropout_keys(seed_ptr, sequence, head)
+    # Zero, which the compiler cannot know: it would choose between 16-bit values, one by one, after
+    # the conversion of two at a time.
+    nothing = dropout_scale - dropout_scale
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -296,7 +299,7 @@ def _attention_fwd_kernel(
                 key_0, key_1, offs_m[:, None], tile * BLOCK_M, offs_n[None, :], 0,
                 dropout_threshold, DROPOUT_BITS,
             )  # fmt: skip
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(keep, p, nothing)
         if not EARLY:
             v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -311,7 +314,7 @@ def _attention_fwd_kernel(
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
-                key_0, key_1, tile * BLOCK_M, i * BLOCK_N, dropout_threshold,
+                key_0, key_1, tile * BLOCK_M, i * BLOCK_N, dropout_threshold, nothing,
                 HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
             k_ptr += step * stride_k_t
@@ -325,7 +328,7 @@ def _attention_fwd_kernel(
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
-                key_0, key_1, tile * BLOCK_M, seq_k - rest, dropout_threshold,
+                key_0, key_1, tile * BLOCK_M, seq_k - rest, dropout_threshold, nothing,
                 HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
     _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, dropout_scale,

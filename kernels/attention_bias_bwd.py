@@ -27,10 +27,10 @@ __all__ = ["attention_bias_bwd"]
 def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr, offs_m,
                  offs_n, offs_d, first_m, first_n, stride_do_t, stride_q_t, stride_k_t, stride_v_t,
                  stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, key_0, key_1,
-                 dropout_threshold, dropout_scale,
+                 dropout_threshold,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT_BITS: tl.constexpr,
                  INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """ds of one sequence and head, [BLOCK_M, BLOCK_N].
+    """ds of one sequence and head, [BLOCK_M, BLOCK_N], without the scale of dropout.
 
     Pointers of rows and statistics are at the tile's first query and key, those of mask and bias at
     the sequence's.
@@ -50,7 +50,7 @@ def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,
                            dropout_threshold, DROPOUT_BITS)  # fmt: skip
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     return p * (dp - delta[:, None])
 
 
@@ -123,9 +123,11 @@ def _attention_bwd_kernel_bias(
                 bias_ptr + sequence * stride_bias_b + head * stride_bias_h,
                 offs_m, offs_n, offs_d, first_m, first_n,
                 stride_do_t, stride_q_t, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k,
-                seq_q, seq_k, scale_log2, key_0, key_1, dropout_threshold, dropout_scale,
+                seq_q, seq_k, scale_log2, key_0, key_1, dropout_threshold,
                 HEAD_DIM, BLOCK_D, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
+    if DROPOUT_BITS:
+        acc *= dropout_scale
     kept = sequence_rows * tl.num_programs(1) + head_rows
     out_rows = kept.to(tl.int64) * len_q + rows
     tl.store(dbias_ptr + out_rows * len_k + columns, acc, mask=(rows < len_q) & (columns < len_k))

@@ -3,8 +3,10 @@
 With ``p = softmax(q k^T * scale + bias)``, ``z`` the factors of dropout, ``out = (p z) v`` and
 ``delta = sum(do * out)`` by row (Dao et al., 2205.14135, appendix B):
 
-    dv = (p z)^T do        ds = p (z (do v^T) - delta)
+    dv = (p z)^T do        ds = p z (do v^T) - p delta
     dq = ds k * scale      dk = ds^T q * scale
+
+z is 0 or the scale of dropout, by which the sums are multiplied at the end and delta is divided.
 
 p is rebuilt from the scores and the log-sum-exp that forward kept, so that its relative error is a
 rounding of the latter; nothing of the size of the scores is in memory. Three kernels, no atomics,
@@ -36,11 +38,15 @@ __all__ = [
 
 
 @triton.jit
-def _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, length, HEAD_DIM: tl.constexpr,
-              BLOCK_D: tl.constexpr):  # fmt: skip
+def _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, length, dropout_scale,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+              DROPOUT_BITS: tl.constexpr):  # fmt: skip
     """delta, [BLOCK_M]."""
     out = load_rows(out_ptr, offs_m, offs_d, stride_out_t, length, HEAD_DIM, BLOCK_D, True)
-    return tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if DROPOUT_BITS:  # a scale of 0 drops everything, and delta is 0
+        delta /= tl.where(dropout_scale == 0.0, 1.0, dropout_scale)
+    return delta
 
 
 @triton.jit
@@ -72,10 +78,10 @@ def _store_rows(ptr, values, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.cons
 @triton.jit
 def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
              stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, key_0,
-             key_1, first_m, first_n, dropout_threshold, dropout_scale,
+             key_1, first_m, first_n, dropout_threshold,
              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
              DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """Adds one tile of keys to dq."""
+    """Adds one tile of keys to dq, which still lacks the scale of dropout."""
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     s = masked_product(q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :],
@@ -86,7 +92,7 @@ def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,
                            dropout_threshold, DROPOUT_BITS)  # fmt: skip
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=INPUT_PRECISION)
 
@@ -150,7 +156,8 @@ def _attention_bwd_kernel_dq(
     offs_d = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, seq_q, HEAD_DIM, BLOCK_D, True)
-    delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, HEAD_DIM, BLOCK_D)
+    delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, dropout_scale, HEAD_DIM,
+                      BLOCK_D, DROPOUT_BITS)  # fmt: skip
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
     _store_pairs(pairs_ptr + 2 * statistics, lse, delta, offs_m, seq_q)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -162,7 +169,7 @@ def _attention_bwd_kernel_dq(
         acc = _dq_step(
             acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
             stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
-            key_0, key_1, first_m, i * BLOCK_N, dropout_threshold, dropout_scale,
+            key_0, key_1, first_m, i * BLOCK_N, dropout_threshold,
             HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
         k_ptr += step * stride_k_t
@@ -176,9 +183,11 @@ def _attention_bwd_kernel_dq(
         acc = _dq_step(
             acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
             stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
-            key_0, key_1, first_m, seq_k - rest, dropout_threshold, dropout_scale,
+            key_0, key_1, first_m, seq_k - rest, dropout_threshold,
             HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
+    if DROPOUT_BITS:
+        scale *= dropout_scale
     _store_rows(dq_ptr, acc * scale, offs_m, offs_d, stride_dq_t, seq_q, HEAD_DIM)
 
 
@@ -186,10 +195,10 @@ def _attention_bwd_kernel_dq(
 def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
                offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
                len_q, len_k, scale_log2, key_0, key_1, first_m, first_n, dropout_threshold,
-               dropout_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               nothing, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                CHECK_ROWS: tl.constexpr, DROPOUT_BITS: tl.constexpr,
                INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """Adds one tile of queries to dk and dv; dv still lacks the scale of dropout."""
+    """Adds one tile of queries to dk and dv, which still lack the scale of dropout."""
     q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
     lse, delta = load_pairs(pairs_ptr, offs_m, len_q)
@@ -202,10 +211,10 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bia
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[None, :], first_m, offs_n[:, None], first_n,
                            dropout_threshold, DROPOUT_BITS)  # fmt: skip
-        dropped = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dropped = tl.where(keep, p, nothing)
     acc_dv = tl.dot(dropped.to(do.dtype), do, acc_dv, input_precision=INPUT_PRECISION)
-    ds = p * (dp - delta[None, :])
+    # With dropout dv's choice does for ds as well.
+    ds = dropped * dp - p * delta[None, :] if DROPOUT_BITS else p * (dp - delta[None, :])
     acc_dk = tl.dot(ds.to(q.dtype), q, acc_dk, input_precision=INPUT_PRECISION)
     return acc_dk, acc_dv
 
@@ -268,6 +277,7 @@ def _attention_bwd_kernel_dkdv(
     offs_d = tl.arange(0, BLOCK_D)
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, seq_k, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
+    nothing = dropout_scale - dropout_scale  # 0, as in forward
     acc_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     step = tl.full([], BLOCK_M, tl.int64)
@@ -279,7 +289,7 @@ def _attention_bwd_kernel_dkdv(
             acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
             offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
             BLOCK_M, seq_k, scale_log2, key_0, key_1, i * BLOCK_M, first_n, dropout_threshold,
-            dropout_scale, HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
+            nothing, HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
         q_ptr += step * stride_q_t
         do_ptr += step * stride_do_t
@@ -292,11 +302,12 @@ def _attention_bwd_kernel_dkdv(
             acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
             offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
             rest, seq_k, scale_log2, key_0, key_1, seq_q - rest, first_n, dropout_threshold,
-            dropout_scale, HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
+            nothing, HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
-    _store_rows(dk_ptr, acc_dk * scale, offs_n, offs_d, stride_dk_t, seq_k, HEAD_DIM)
     if DROPOUT_BITS:
+        scale *= dropout_scale
         acc_dv *= dropout_scale
+    _store_rows(dk_ptr, acc_dk * scale, offs_n, offs_d, stride_dk_t, seq_k, HEAD_DIM)
     _store_rows(dv_ptr, acc_dv, offs_n, offs_d, stride_dv_t, seq_k, HEAD_DIM)
 
 
@@ -359,7 +370,8 @@ def _attention_bwd_kernel_whole(
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, seq_k, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, seq_q, HEAD_DIM, BLOCK_D, True)
-    delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, HEAD_DIM, BLOCK_D)
+    delta = _row_sums(do, out_ptr, offs_m, offs_d, stride_out_t, seq_q, dropout_scale, HEAD_DIM,
+                      BLOCK_D, DROPOUT_BITS)  # fmt: skip
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
     _store_pairs(pairs_ptr + 2 * statistics, lse, delta, offs_m, seq_q)
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
@@ -372,9 +384,12 @@ def _attention_bwd_kernel_whole(
         key_0, key_1 = dropout_keys(seed_ptr, sequence, head)
         keep = keep_scores(key_0, key_1, offs_m[None, :], 0, offs_n[:, None], 0,
                            dropout_threshold, DROPOUT_BITS)  # fmt: skip
-        dropped = tl.where(keep, p * dropout_scale, 0.0)
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dropped = tl.where(keep, p, dropout_scale - dropout_scale)  # 0, as in forward
+        dp = tl.where(keep, dp, 0.0)  # for the registers: ``dropped`` is left to the product
+        scale *= dropout_scale
     dv = tl.dot(dropped.to(do.dtype), do, input_precision=INPUT_PRECISION)
+    if DROPOUT_BITS:
+        dv *= dropout_scale
     _store_rows(dv_ptr, dv, offs_n, offs_d, stride_dv_t, seq_k, HEAD_DIM)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, input_precision=INPUT_PRECISION)

@@ -108,6 +108,20 @@ def test_bits_are_independent_of_each_other_and_of_their_place():
         assert 0.85 < sums.var().item() / length < 1.15
 
 
+def test_corners_of_rectangles_and_rows_of_three_are_independent():
+    """What a hash that is nearly linear in a position would show; 512 is 256 words."""
+    one = masks.scores_kept(7, 8, 12, 640, 640, 0.5) - 1.0  # +-1
+    for rows, columns in ((1, 1), (8, 8), (16, 16), (128, 128), (512, 512), (512, 16)):
+        top, bottom = one[..., :-rows, :], one[..., rows:, :]
+        corners = (top[..., :-columns] * top[..., columns:]
+                   * bottom[..., :-columns] * bottom[..., columns:])  # fmt: skip
+        assert abs(corners.sum().item()) < 5 * math.sqrt(corners.numel()), (rows, columns)
+    for turned in (one, one.transpose(-1, -2)):
+        for apart in (1, 8, 16, 256):
+            three = turned[..., : -2 * apart] * turned[..., apart:-apart] * turned[..., 2 * apart :]
+            assert abs(three.sum().item()) < 5 * math.sqrt(three.numel()), apart
+
+
 def test_levels_of_a_probability():
     assert masks.dropout_levels(0.0, coarse=True) == (0, 0, 1.0)
     assert masks.dropout_levels(0.1, coarse=True)[:2] == (8, 26)  # 0.1016, with its own scale

@@ -5,7 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 from fastbert.kernels import _registers, attention, attention_bias_bwd, attention_bwd
-from fastbert.kernels._registers import ONE_UNDER_36, TWO_PROGRAMS, Form, registers_of_two
+from fastbert.kernels._registers import (
+    MORE_PROGRAMS,
+    ONE_UNDER_36,
+    TWO_PROGRAMS,
+    Form,
+    registers_for,
+)
 from fastbert.kernels._tiles import ARCHITECTURES, attention_tile, attention_tiles
 from fastbert.kernels._variants import variants
 
@@ -35,12 +41,12 @@ def test_names_are_those_of_variants():
         for kernel in ("attention", "attention_bwd")
         for variant in variants(kernel, arch)
     }
-    assert names >= TWO_PROGRAMS | ONE_UNDER_36
-    assert not TWO_PROGRAMS & ONE_UNDER_36
+    assert names >= TWO_PROGRAMS | ONE_UNDER_36 | set(MORE_PROGRAMS)
+    assert not TWO_PROGRAMS & (ONE_UNDER_36 | set(MORE_PROGRAMS))
 
 
 @pytest.mark.parametrize("head_dim, dropout_p, limit", [(64, 0.1, 128), (64, 0.0, None),
-                                                        (32, 0.1, None)])  # fmt: skip
+                                                        (32, 0.1, 128)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_attention_with_dropout_is_limited(launched, head_dim, dropout_p, limit, dtype):
     rows = torch.zeros(300, 2, head_dim, dtype=dtype)
@@ -69,8 +75,9 @@ def test_backward_is_limited_by_kernel_and_form(launched, keys_apart):
     assert launched == {DQ: limit, DKDV: None, BIAS: limit}
 
 
-def test_a_limit_is_what_two_programs_may_have():
-    assert [registers_of_two(warps) for warps in (4, 8, 16)] == [255, 128, 64]
+def test_a_limit_is_what_so_many_programs_may_have():
+    assert [registers_for(2, warps) for warps in (4, 8, 16)] == [255, 128, 64]
+    assert [registers_for(programs, 4) for programs in (3, 4)] == [168, 128]
     # Older cards of a kind have the tables and the names of the newer; others have no names.
     tiles = attention_tiles(89, torch.bfloat16, 32, has_bias=False)
     form = Form(packed=True, dropout_bits=8)

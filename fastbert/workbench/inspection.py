@@ -17,7 +17,7 @@ import torch
 
 from ..kernels._cards import CARDS, LIMITS, Card
 from ..kernels._compile import Artefact, compile_variant, faults
-from ..kernels._registers import ONE_UNDER_36, registers_of_two
+from ..kernels._registers import ONE_UNDER_36, registers_for
 from ..kernels._variants import Variant
 from . import sass
 from .hazards import hazards
@@ -215,7 +215,7 @@ def room_for_two(found: Inspection) -> list[str]:
         return []
     if getattr(variant.tile, "max_registers", 0) is not None:  # has a limit, or cannot have one
         return []
-    registers = registers_of_two(variant.num_warps)
+    registers = registers_for(2, variant.num_warps)
     two = inspect_variant(replace(variant, tile=replace(variant.tile, max_registers=registers)))
     before, after = (sum(each.per_element.values()) for each in (found, two))
     fits = two.occupancy.programs > 1 and not two.faults and after <= _MORE_FOR_TWO * before
