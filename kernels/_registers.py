@@ -7,7 +7,7 @@ that many, without a stack and with at most a twentieth more instructions in the
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
 one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
 it less by itself, and a stack, for a third program. `MORE_PROGRAMS` names a few of smaller
-programs, of which one more fits. **Not timed on a GPU.**
+programs, of which one more fits, or one less without a stack. **Not timed on a GPU.**
 """
 
 from __future__ import annotations
@@ -114,11 +114,12 @@ def limited_for(
 TWO_PROGRAMS = frozenset(
     """
 attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query
-attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias
+attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_80 fp32 D16 32x32 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
 attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, bias
+attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, dropout 8 bit
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_dq sm_80 fp32 D64 32x32 packed, tf32
@@ -148,8 +149,11 @@ attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
 )
 
 MORE_PROGRAMS = {
+    "attention_bwd_kernel_dq sm_89 bf16 D64 64x32 padded, mask and bias": 2,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,
+    "attention_fwd_kernel sm_80 fp32 D16 16x32 online padded, mask and bias per query": 5,
+    "attention_fwd_kernel sm_89 bf16 D16 64x64 single packed, bias": 5,
     "attention_fwd_kernel sm_90 bf16 D32 64x64 online packed, dropout 8 bit": 4,
 }
 

@@ -87,14 +87,18 @@ def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_
             bias_ptr + rows.to(tl.int64) * stride_bias_q + columns.to(tl.int64) * stride_bias_k
         )
         if CHECK_KEYS:
-            bias = tl.load(bias_ptrs, mask=(rows < len_q) & (columns < len_k), other=0.0)
+            inside = (rows < len_q) & (columns < len_k)
+            bias = tl.load(bias_ptrs, mask=inside, other=float("-inf"))
         else:
             bias = tl.load(bias_ptrs, mask=rows < len_q, other=0.0)
         bias = bias.to(tl.float32) * LOG2E
+        if key_mask_ptr is not None:
+            keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+            bias = tl.where(keep != 0, bias, float("-inf"))
         if LIKE_A_PRODUCT:
             bias = _like_a_product(bias)
         s = s * scale_log2 + bias
-    if key_mask_ptr is not None:
+    elif key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
     elif CHECK_KEYS:

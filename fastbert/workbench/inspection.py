@@ -188,9 +188,8 @@ def waste(found: Inspection) -> list[str]:
     row that is too short to be read otherwise is read as it can be.
     """
     variant, special = found.variant, found.per_element.get("special", 0.0)
-    plain = variant.dtype.itemsize == 2 and variant.constants.get("bias_ptr", 0) is None
     if variant.element == "score":
-        twice = plain and special > _SPECIAL_A_SCORE
+        twice = special > _SPECIAL_A_SCORE and not _may_repeat(variant)
         return [f"{special:.2g} exponentials a score"] * twice
     if variant.element == "value":
         bits = Counter()
@@ -202,6 +201,15 @@ def waste(found: Inspection) -> list[str]:
         if wide_enough and bits[True] > bits[False]:
             return [f"most is read by loads of less than {_NARROW} bits"]
     return []
+
+
+def _may_repeat(variant: Variant) -> bool:
+    """Whether scores may be computed more than once: in fp32, outside the matrix units, where warps
+    are there for their registers, and transposed with a bias, as in parts of backward, where it is
+    up to the compiler (that of triton 3.6 makes them as the bias is read, too)."""
+    transposed = variant.kernel.__name__.endswith(("_whole", "_dkdv"))
+    biased = variant.constants.get("bias_ptr", 0) is not None
+    return variant.dtype.itemsize != 2 or (transposed and biased)
 
 
 def room_for_two(found: Inspection) -> list[str]:
