@@ -113,7 +113,6 @@ def limited_for(
 
 TWO_PROGRAMS = frozenset(
     """
-attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query
 attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_80 fp32 D16 32x32 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
@@ -160,7 +159,6 @@ MORE_PROGRAMS = {
 # Fit as well with the compiler of triton 3.7, and not with that of 3.6: 8 to 256 bytes of stack.
 ONE_UNDER_36 = frozenset(
     """
-attention_bwd_kernel_bias sm_80 bf16 D32 64x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
