@@ -192,6 +192,15 @@ NAMES = (
 )
 
 
+@pytest.mark.parametrize("lengths", [[5, 40], [140, 3]], ids=str)
+def test_attention_without_a_weight_left_is_zeros_and_so_are_its_gradients(lengths, device):
+    """The scale of what stays is 0 then, by which delta cannot be divided."""
+    qkv = torch.randn(sum(lengths), 3, 2, 32, device=device, requires_grad=True)
+    out = ops.attention_qkv(qkv, PackedBatch.from_lengths(lengths, device), dropout_p=1.0)
+    (gradient,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
+    assert not out.any() and not gradient.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.01, 0.5))]
