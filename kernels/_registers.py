@@ -6,8 +6,8 @@ they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the varia
 that many, without a stack and with at most a twentieth more instructions in their inner loop. They
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
 one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
-it less by itself, and a stack, for a third program. `MORE_PROGRAMS` names a few of smaller
-programs, of which one more fits, or one less without a stack. **Not timed on a GPU.**
+it less by itself, and a stack, for a third program. `MORE_PROGRAMS` has a few others, with how many
+are to fit: one more than there would be, or as many as need no stack. **Not timed on a GPU.**
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ MORE_PROGRAMS = {
     "attention_bwd_kernel_dq sm_89 bf16 D64 64x32 padded, mask and bias": 2,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,
+    "attention_bwd_kernel_whole sm_90 bf16 D32 128x128 packed, bias": 1,
     "attention_fwd_kernel sm_80 fp32 D16 16x32 online padded, mask and bias per query": 5,
     "attention_fwd_kernel sm_89 bf16 D16 64x64 single packed, bias": 5,
     "attention_fwd_kernel sm_90 bf16 D32 64x64 online packed, dropout 8 bit": 4,
