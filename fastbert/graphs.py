@@ -83,18 +83,18 @@ class _StaticClass(LengthClass):
         object.__setattr__(self, "bucket", bucket)
 
     def tile_map(self, block: int | None, of_keys: bool = False) -> Tensor:
-        found = self._tile_maps.get((block,))
+        found = self._tile_maps.get((block, False))
         if found is None:
             tiles = -(-self.bucket.tokens // block) + self.bucket.sequences
             found = torch.full(
                 (tiles, 2), self.bucket.sequences, dtype=torch.int32, device=self.device
             )
-            self._tile_maps[block,] = found
+            self._tile_maps[block, False] = found
         return found
 
     def hold(self, sequences: LengthClass | None) -> None:
         """Put the tiles of a batch where the graph reads them."""
-        for (block,), tile_map in self._tile_maps.items():
+        for (block, _), tile_map in self._tile_maps.items():
             count = 0
             if sequences is not None:
                 used = sequences.tile_map(block)

@@ -115,8 +115,8 @@ class LengthClass:
         return found
 
     def _tiles(self, counts: list[int], lengths: tuple[int, ...]) -> Tensor:
-        everything = self.sequences == tuple(range(len(counts)))
-        if everything and len(set(counts)) == 1 and capturing(self.device):
+        everything = self.sequences == tuple(range(len(lengths)))
+        if everything and len(set(lengths)) == 1 and capturing(self.device):
             # All sequences are alike: the device can tell by itself.
             each = counts[0]
             tiles = torch.arange(each * len(counts), dtype=torch.int32, device=self.device)

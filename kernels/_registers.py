@@ -6,7 +6,7 @@ they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the varia
 that many, without a stack and with at most a twentieth more instructions in their inner loop. They
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
 one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
-it less by itself, and a stack, for a third program. `MORE_PROGRAMS` has a few others, with how many
+it less by itself, and a stack, for a third program. `PROGRAMS` has a few others, with how many
 are to fit: one more than there would be, or as many as need no stack. **Not timed on a GPU.**
 """
 
@@ -21,7 +21,7 @@ from ._device import device_arch
 from ._tiles import AttentionTile, _remember
 
 __all__ = [
-    "MORE_PROGRAMS", "ONE_UNDER_36", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
+    "ONE_UNDER_36", "PROGRAMS", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
     "limited", "limited_for", "registers_for", "variant_name",
 ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def limited(
 def limited_for(
     tile: AttentionTile, kernel, arch: int, dtype: torch.dtype, head_dim: int, form: Form
 ) -> AttentionTile:
-    """The tile with a limit of registers where `TWO_PROGRAMS` or `MORE_PROGRAMS` has the variant,
+    """The tile with a limit of registers where `TWO_PROGRAMS` or `PROGRAMS` has the variant,
     else as it is.
 
     bf16 stands for both 16-bit types, and sm_89 for sm_86.
@@ -105,7 +105,7 @@ def limited_for(
     known = torch.bfloat16 if dtype == torch.float16 else dtype
     label = attention_label(kernel, head_dim, tile, form)
     name = variant_name(kernel, 89 if arch == 86 else arch, known, label)
-    programs = 2 if name in TWO_PROGRAMS else MORE_PROGRAMS.get(name)
+    programs = 2 if name in TWO_PROGRAMS else PROGRAMS.get(name)
     if tile.max_registers is not None or programs is None:
         return tile
     return dataclasses.replace(tile, max_registers=registers_for(programs, tile.num_warps))
@@ -147,7 +147,7 @@ attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
 """.strip().splitlines()
 )
 
-MORE_PROGRAMS = {
+PROGRAMS = {
     "attention_bwd_kernel_dq sm_89 bf16 D64 64x32 padded, mask and bias": 2,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,

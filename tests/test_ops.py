@@ -180,22 +180,26 @@ def test_embeddings_are_the_same_in_place_and_leave_their_tables(types, position
         assert all(map(torch.equal, tables, before))
 
 
-@pytest.mark.parametrize("name", ["attention_varlen", "attention", "layer_norm", "embed"])
-def test_what_only_backward_reads_is_written_only_where_there_will_be_one(
-    name, device, monkeypatch
-):
+@pytest.fixture
+def written(monkeypatch):
+    """Of each launch, what is written that only backward reads."""
     from fastbert.kernels import attention, embedding, layernorm
 
-    written = []
+    found = []
 
     def launch(kernel, grid, *args, original=attention.launch, **named):
         given = dict(zip(kernel.arg_names, args, strict=False))
         kept = ("lse_ptr", "z_ptr", "mean_ptr", "rstd_ptr")
-        written.append({given[n] is not None for n in kept if n in given})
+        found.append({given[n] is not None for n in kept if n in given})
         original(kernel, grid, *args, **named)
 
     for module in (attention, embedding, layernorm):
         monkeypatch.setattr(module, "launch", launch)
+    return found
+
+
+@pytest.mark.parametrize("name", ["attention_varlen", "attention", "layer_norm", "embed"])
+def test_what_only_backward_reads_is_written_only_where_there_will_be_one(name, device, written):
     for grad in (False, True):
         function, tensors = example(name, device, grad=grad)[:2]
         with fastbert.backend("triton"):
@@ -203,6 +207,18 @@ def test_what_only_backward_reads_is_written_only_where_there_will_be_one(
             with torch.no_grad():
                 function(*tensors)
     assert written == [{False}, {False}, {True}, {False}]
+
+
+@torch.no_grad()
+def test_layers_of_inference_write_nothing_for_backward(device, written):
+    from fastbert.ops.inference import LayerLaunches
+
+    with fastbert.backend("triton"):
+        launches = LayerLaunches(batch_of(device), 0.25, 16, "gelu", (1e-5, 1e-5))
+        rows, weight = torch.randn(sum(LENGTHS), 32, device=device), torch.eye(32, device=device)
+        launches.attend(rows, rows, rows)
+        launches.linear_add_norm(0, rows, weight, None, rows, None, None)
+    assert written == [{False}, {False}]
 
 
 def registered_calls(device):

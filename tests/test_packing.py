@@ -106,6 +106,19 @@ def test_every_sequence_is_in_the_class_of_its_lengths_and_has_its_tiles_there()
     assert PackedBatch.from_lengths([0, 0]).classes(bounds) == ()
 
 
+@pytest.mark.parametrize("block", [16, 2, None])
+def test_a_capture_takes_the_tiles_of_equal_sequences_and_refuses_others(block, monkeypatch):
+    """Also where the tiles are as many: they would be fixed at lengths that only the host knows."""
+    (expected,) = PackedBatch.dense(3, 4, "cpu").classes(())
+    (equal,) = PackedBatch.dense(3, 4, "cpu").classes(())
+    (others,) = PackedBatch.from_lengths([3, 4]).classes(())
+    expected = expected.tile_map(block)
+    monkeypatch.setattr(packing, "capturing", lambda device: True)
+    assert torch.equal(equal.tile_map(block), expected)
+    with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
+        others.tile_map(block)
+
+
 def test_runs_join_equal_neighbours():
     batch = PackedBatch.from_lengths([3, 3, 0, 2, 3])
     assert batch.runs() == [(2, 3), (1, 2), (1, 3)]

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 from fastbert.kernels import _registers, attention, attention_bias_bwd, attention_bwd
 from fastbert.kernels._registers import (
-    MORE_PROGRAMS,
     ONE_UNDER_36,
+    PROGRAMS,
     TWO_PROGRAMS,
     Form,
     registers_for,
@@ -41,8 +41,8 @@ def test_names_are_those_of_variants():
         for kernel in ("attention", "attention_bwd")
         for variant in variants(kernel, arch)
     }
-    assert names >= TWO_PROGRAMS | ONE_UNDER_36 | set(MORE_PROGRAMS)
-    assert not TWO_PROGRAMS & (ONE_UNDER_36 | set(MORE_PROGRAMS))
+    assert names >= TWO_PROGRAMS | ONE_UNDER_36 | set(PROGRAMS)
+    assert not TWO_PROGRAMS & (ONE_UNDER_36 | set(PROGRAMS))
 
 
 @pytest.mark.parametrize("head_dim, dropout_p, limit", [(64, 0.1, 128), (64, 0.0, None),

@@ -204,9 +204,12 @@ def waste(found: Inspection) -> list[str]:
 
 
 def _may_repeat(variant: Variant) -> bool:
-    """Whether scores may be computed more than once: in fp32, outside the matrix units, where warps
-    are there for their registers, and transposed with a bias, as in parts of backward, where it is
-    up to the compiler (that of triton 3.6 makes them as the bias is read, too)."""
+    """Whether scores may be computed more than once.
+
+    In fp32, outside the matrix units, warps are there for their registers. So they are for
+    transposed scores with a bias, in a whole sequence by heads of 64 or more without wgmma; and the
+    compiler of triton 3.6 makes transposed ones as the bias is read, too.
+    """
     transposed = variant.kernel.__name__.endswith(("_whole", "_dkdv"))
     biased = variant.constants.get("bias_ptr", 0) is not None
     return variant.dtype.itemsize != 2 or (transposed and biased)
