@@ -157,11 +157,11 @@ def test_embeddings_in_bf16_are_those_of_fp32(minilm_folder):
 
 
 def test_the_number_of_rows_is_rounded_up_a_little():
-    for rows in (1, 8, 9, 63, 64, 65, 200, 257, 513, 1000, 2049, 16384):
-        most = rows * (1 + 1 / (4 if rows < 512 else 16))
-        assert rows <= bucket_of(rows) <= max(rows + 7, most)
-    assert len({bucket_of(rows) for rows in range(1, 513)}) == 36
-    assert len({bucket_of(rows) for rows in range(1, 8193)}) == 132
+    for rows in (1, 4, 5, 63, 64, 65, 96, 97, 200, 257, 513, 1000, 2049, 16384):
+        most = rows + 3 if rows <= 96 else max(rows + 7, rows * (1 + 1 / 16))
+        assert rows <= bucket_of(rows) <= most
+    assert len({bucket_of(rows) for rows in range(1, 257)}) == 24 + 20
+    assert len({bucket_of(rows) for rows in range(1, 8193)}) == 156
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "frozen"])
@@ -176,10 +176,10 @@ def test_products_of_new_lengths_get_few_numbers_of_rows(kind, monkeypatch):
         )
     model = frozen()
     show = of_layers if kind == "ordinary" else hidden
-    for length in range(1, 41):
+    for length in range(1, 21):
         assert show(model, batch_of([length])).shape[1] == length
-    assert len(rows) == 40 * 2 * (6 if kind == "ordinary" else 4)
-    assert set(rows) == {8, 16, 24, 32, 40}
+    assert len(rows) == 20 * 2 * (6 if kind == "ordinary" else 4)
+    assert set(rows) == {4, 8, 12, 16, 20}
 
 
 def load(model):

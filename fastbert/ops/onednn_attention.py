@@ -9,9 +9,9 @@ tokens, and 0.45 of SDPA's from 256 on; a frozen MiniLM takes 0.94 to 0.97 of it
 of 81 to 150 tokens, 0.90 for 192, 0.85 to 0.88 for 256 and 0.77 for 512 (BERT base 0.97 for 128,
 0.94 for 256, 0.86 for 512), for dense batches of 96, 128 and 256 tokens 0.99, 0.96 and 0.90.
 
-A graph is compiled for one number of tokens, in 3 to 12 ms, and keeps 1.5 MB. So numbers are
+A graph is compiled for one number of tokens, in 3 to 12 ms, and keeps 2 to 6 MB. So numbers are
 rounded up as those of rows are (`fastbert.ops.onednn.bucket_of`), and what is added is masked,
-which takes a sixth of the time. Sequences in a batch would have to be copied for it: that is a gain
+which takes a sixth of attention's time. Sequences in a batch would have to be copied for it: that is a gain
 from 145 tokens on (ragged batches of up to 200 tokens 0.95 to 0.97 of the time, of 200 to 256 0.88
 and of up to 512 0.85; from 113 tokens on it would be 0.98 to 1.02).
 """
@@ -34,7 +34,7 @@ __all__ = ["available", "prepared"]
 # Rounded numbers of tokens from which this is faster, and where rows have to be copied first. With
 # AVX2 a MiniLM takes 0.97 to 1.03 of its time; on others it was not tried.
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-_FROM, _COPIED_FROM = (96, 160) if _AVX512 else (math.inf, math.inf)
+_FROM, _COPIED_FROM = (92, 152) if _AVX512 else (math.inf, math.inf)
 # oneDNN shares heads out among threads; with fewer for each this was not measured.
 _HEADS_A_THREAD = 2
 _lock = threading.Lock()
