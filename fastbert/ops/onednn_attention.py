@@ -11,7 +11,7 @@ of 81 to 150 tokens, 0.90 for 192, 0.85 to 0.88 for 256 and 0.77 for 512 (BERT b
 
 A graph is compiled for one number of tokens, in 3 to 12 ms, and keeps 2 to 6 MB. So numbers are
 rounded up as those of rows are (`fastbert.ops.onednn.bucket_of`), and what is added is masked,
-which takes a sixth of attention's time. Sequences in a batch would have to be copied for it: that is a gain
+which takes a sixth of the time. Sequences in a batch would have to be copied for it: that is a gain
 from 145 tokens on (ragged batches of up to 200 tokens 0.95 to 0.97 of the time, of 200 to 256 0.88
 and of up to 512 0.85; from 113 tokens on it would be 0.98 to 1.02).
 """
