@@ -5,9 +5,9 @@ eight warps that takes 130 is alone there, so that two warps of each scheduler h
 they wait for; of kernels with 128 there are two. `TWO_PROGRAMS` names the variants that can do with
 that many, without a stack and with at most a twentieth more instructions in their inner loop. They
 were found by compiling: ``fastbert kernels screen`` refuses one that could be here and is not, and
-one that is here and needs a stack. One of fp32 is here since the compiler of triton 3.6 would give
-it less by itself, and a stack, for a third program. `PROGRAMS` has a few others, with how many
-are to fit: one more than there would be, or as many as need no stack. **Not timed on a GPU.**
+one that is here and needs a stack. A few are here for one of two compilers alone, which would give
+them fewer by itself, and a stack, or leave them alone. `PROGRAMS` has others, with how many are to
+fit: one more than there would be, or as many as need no stack. **Not timed on a GPU.**
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._device import device_arch
 from ._tiles import AttentionTile, _remember
 
 __all__ = [
-    "ONE_UNDER_36", "PROGRAMS", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
+    "ONE_PROGRAM", "PROGRAMS", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
     "limited", "limited_for", "registers_for", "variant_name",
 ]  # fmt: skip
 
@@ -114,7 +114,10 @@ def limited_for(
 TWO_PROGRAMS = frozenset(
     """
 attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query
-attention_bwd_kernel_dkdv sm_80 fp32 D16 32x32 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_80 fp32 D32 16x32 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed, dropout 8 bit
+attention_bwd_kernel_dkdv sm_89 fp32 D32 16x32 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_90 fp32 D128 16x16 padded, mask and bias per query
 attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
 attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, bias
@@ -122,24 +125,24 @@ attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, dropout 8 bit
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_dq sm_80 fp32 D64 32x32 packed, tf32
+attention_bwd_kernel_dq sm_89 bf16 D16 64x64 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_dq sm_89 bf16 D32 128x64 packed
+attention_bwd_kernel_dq sm_89 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_dq sm_89 fp32 D64 32x32 packed, tf32
-attention_bwd_kernel_dq sm_90 bf16 D32 128x64 padded, mask and bias per query
-attention_bwd_kernel_dq sm_90 bf16 D64 128x64 padded, mask and bias
 attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_whole sm_80 bf16 D128 64x64 packed, bias
+attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias per query
+attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
 attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
 attention_bwd_kernel_whole sm_89 bf16 D16 128x128 packed
-attention_bwd_kernel_whole sm_89 fp32 D64 32x32 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_whole sm_90 fp32 D128 16x32 packed, bias
 attention_bwd_kernel_whole sm_90 fp32 D64 32x32 padded, mask and bias per query, dropout 8 bit
-attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query
-attention_fwd_kernel sm_80 bf16 D16 64x128 single padded, mask and bias per query
+attention_fwd_kernel sm_80 bf16 D32 128x32 online padded, mask and bias per query
 attention_fwd_kernel sm_80 bf16 D32 128x64 online packed, dropout 8 bit
-attention_fwd_kernel sm_89 bf16 D16 64x128 single padded, mask and bias per query
+attention_fwd_kernel sm_89 bf16 D32 128x32 online padded, mask and bias per query
+attention_fwd_kernel sm_89 bf16 D32 128x32 online padded, mask and bias per query, dropout 8 bit
 attention_fwd_kernel sm_89 bf16 D32 128x64 online packed, dropout 8 bit
-attention_fwd_kernel sm_90 bf16 D16 128x32 online padded, mask and bias per query
-attention_fwd_kernel sm_90 bf16 D16 128x32 online padded, mask and bias per query, dropout 8 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 16 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 8 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online padded, mask, dropout 8 bit
@@ -148,26 +151,18 @@ attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
 )
 
 PROGRAMS = {
-    "attention_bwd_kernel_dq sm_89 bf16 D64 64x32 padded, mask and bias": 2,
-    "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,
-    "attention_bwd_kernel_whole sm_90 bf16 D32 128x128 packed, bias": 1,
-    "attention_fwd_kernel sm_80 fp32 D16 16x32 online padded, mask and bias per query": 5,
-    "attention_fwd_kernel sm_89 bf16 D16 64x64 single packed, bias": 5,
+    "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
+    "attention_bwd_kernel_whole sm_89 bf16 D16 64x64 padded, mask and bias per query": 4,
+    "attention_fwd_kernel sm_80 fp32 D16 16x32 online packed, bias": 5,
     "attention_fwd_kernel sm_90 bf16 D32 64x64 online packed, dropout 8 bit": 4,
 }
 
-# Fit as well with the compiler of triton 3.7, and not with that of 3.6: 8 to 256 bytes of stack.
-ONE_UNDER_36 = frozenset(
+# Would fit with the compiler of triton 3.7 and not with that of 3.6, or the other way round: 8 to
+# 256 bytes of stack.
+ONE_PROGRAM = frozenset(
     """
 attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query, dropout 8 bit
-attention_bwd_kernel_bias sm_90 bf16 D64 64x64 padded, mask and bias per query
-attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed, dropout 8 bit
-attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed, dropout 8 bit
-attention_bwd_kernel_dq sm_89 bf16 D16 128x64 padded, mask and bias per query
-attention_bwd_kernel_dq sm_90 bf16 D16 128x64 padded, mask and bias per query
-attention_bwd_kernel_dq sm_90 bf16 D64 128x64 packed, bias
-attention_fwd_kernel sm_80 bf16 D16 128x32 online padded, mask and bias per query, dropout 8 bit
-attention_fwd_kernel sm_80 bf16 D32 128x32 online padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_bias sm_90 bf16 D16 64x64 padded, mask and bias per query
 """.strip().splitlines()
 )

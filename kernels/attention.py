@@ -10,8 +10,8 @@ Two bodies. Where a sequence's keys fit one tile (``SINGLE``) it is a plain soft
 rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,
 1805.02867; FlashAttention: Dao et al., 2205.14135): full tiles without any bounds check, then one
 masked tail. The scale is applied after the product, in fp32, not to the 16-bit q. exp is exp2 of
-scores in units of log2; without a bias, scaling and taking off the maximum are one fma, which is an
-instruction less for every score. So the scale must be positive.
+scores in units of log2; scaling and taking off the maximum are one fma, so the scale must be
+positive. A bias is divided by the scale and added before it.
 
 Kept for backward, where there will be one: the log-sum-exp of each row, fp32, in log2 units,
 ``-inf`` for a row without a key. Such a row gives zeros. Scores and statistics are fp32; p is
@@ -33,8 +33,7 @@ from ._registers import limited
 from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
-# For backward too: for_all, load_lse, load_rows, locate, mask_scores, masked_product, strides_of,
-# weights.
+# For backward too: for_all, load_lse, load_rows, locate, masked_product, strides_of, weights.
 
 
 @triton.jit
@@ -63,70 +62,48 @@ def load_lse(lse_ptr, offs_m, length):
 
 
 @triton.jit
-def _like_a_product(x):
-    """The same values where the matrix units leave theirs, as the start of a sum of nothing.
-
-    What is read from memory lies otherwise in the registers of a program, and the compiler would
-    compute scores for both, in forward up to three times.
-    """
-    nothing = tl.zeros([x.shape[0], 16], tl.float16)
-    return tl.dot(nothing, tl.zeros([16, x.shape[1]], tl.float16), x)
-
-
-@triton.jit
-def mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q,
-                len_k, scale_log2, CHECK_KEYS: tl.constexpr,
-                LIKE_A_PRODUCT: tl.constexpr = False):  # fmt: skip
-    """Scores with -inf where a query may not look; ``rows`` and ``columns`` are expanded like
-    ``s``, either way round.
-
-    As they came without a bias; scaled and in log2 units with one.
-    """
-    if bias_ptr is not None:
-        bias_ptrs = (
-            bias_ptr + rows.to(tl.int64) * stride_bias_q + columns.to(tl.int64) * stride_bias_k
-        )
-        if CHECK_KEYS:
-            inside = (rows < len_q) & (columns < len_k)
-            bias = tl.load(bias_ptrs, mask=inside, other=float("-inf"))
-        else:
-            bias = tl.load(bias_ptrs, mask=rows < len_q, other=0.0)
-        bias = bias.to(tl.float32) * LOG2E
-        if key_mask_ptr is not None:
-            keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
-            bias = tl.where(keep != 0, bias, float("-inf"))
-        if LIKE_A_PRODUCT:
-            bias = _like_a_product(bias)
-        s = s * scale_log2 + bias
-    elif key_mask_ptr is not None:
-        keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
-        s = tl.where(keep != 0, s, float("-inf"))
-    elif CHECK_KEYS:
-        s = tl.where(columns < len_k, s, float("-inf"))
-    return s
+def _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k, factor,
+               CHECK_KEYS: tl.constexpr):  # fmt: skip
+    """The bias times a factor; for keys outside it is -inf before that."""
+    ptrs = bias_ptr + rows.to(tl.int64) * stride_bias_q + columns.to(tl.int64) * stride_bias_k
+    if CHECK_KEYS:
+        bias = tl.load(ptrs, mask=(rows < len_q) & (columns < len_k), other=float("-inf"))
+    else:
+        bias = tl.load(ptrs, mask=rows < len_q, other=0.0)
+    return bias.to(tl.float32) * factor
 
 
 @triton.jit
 def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
                    len_q, len_k, scale_log2, CHECK_KEYS: tl.constexpr,
-                   INPUT_PRECISION: tl.constexpr, FORWARD: tl.constexpr = False):  # fmt: skip
-    """``a b^T`` and `mask_scores`: scores of queries and keys, either way round.
+                   INPUT_PRECISION: tl.constexpr):  # fmt: skip
+    """``a b^T`` and the bias, before scaling, -inf where a query may not look; ``rows`` and
+    ``columns`` are expanded like the product, either way round.
 
-    A mask of keys alone is where the sum starts, -inf for those that are masked: the product is
-    then masked as the matrix units leave it, while a mask put on it afterwards is read in another
-    layout, and every score computed for both. (In fp32, which is not on the matrix units, terms
-    would be added in another order.)
+    Bias and mask of keys are where the sum of the product starts: it has them then as the matrix
+    units leave it, while what is put on it afterwards lies otherwise in the registers of a program,
+    as it was read, and every score would be computed for both. (In fp32, which is not on the matrix
+    units, terms would be added in another order.)
     """
-    if (key_mask_ptr is not None) and (bias_ptr is None) and (a.dtype != tl.float32):
-        keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+    if ((key_mask_ptr is not None) or (bias_ptr is not None)) and (a.dtype != tl.float32):
         start = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-        start = tl.where(keep != 0, start, float("-inf"))
+        if bias_ptr is not None:
+            start = _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k,
+                               LOG2E / scale_log2, CHECK_KEYS)  # fmt: skip
+        if key_mask_ptr is not None:
+            keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+            start = tl.where(keep != 0, start, float("-inf"))
         s = tl.dot(a, tl.trans(b), start, input_precision=INPUT_PRECISION)
     else:
         s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
-        s = mask_scores(s, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
-                        len_q, len_k, scale_log2, CHECK_KEYS,
-                        FORWARD and a.dtype != tl.float32)  # fmt: skip
+        if bias_ptr is not None:  # taken off: a sum would be made the start by the compiler
+            s -= _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k,
+                            -LOG2E / scale_log2, CHECK_KEYS)  # fmt: skip
+        if key_mask_ptr is not None:
+            keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
+            s = tl.where(keep != 0, s, float("-inf"))
+        elif CHECK_KEYS and (bias_ptr is None):
+            s = tl.where(columns < len_k, s, float("-inf"))
     return s
 
 
@@ -141,26 +118,14 @@ def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     return masked_product(
         q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q,
-        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION, True,
+        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
-def _highest(s, scale_log2, SCALED: tl.constexpr):
-    """The largest score of each row in log2 units, [BLOCK_M]; the scale is positive."""
-    if SCALED:
-        return tl.max(s, 1)
-    else:
-        return tl.max(s, 1) * scale_log2
-
-
-@triton.jit
-def weights(s, pivot, scale_log2, SCALED: tl.constexpr):
+def weights(s, pivot, scale_log2):
     """``exp2(scores - pivot)``; scale and subtraction are one operation with one rounding."""
-    if SCALED:
-        return tl.exp2(s - pivot)
-    else:
-        return tl.exp2(tl.fma(s, scale_log2, -pivot))
+    return tl.exp2(tl.fma(s, scale_log2, -pivot))
 
 
 @triton.jit
@@ -173,13 +138,12 @@ def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m,
     s = _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
                 stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM, BLOCK_D, CHECK_KEYS,
                 INPUT_PRECISION)  # fmt: skip
-    SCALED: tl.constexpr = bias_ptr is not None
-    m_new = tl.maximum(m_i, _highest(s, scale_log2, SCALED))  # [BLOCK_M]
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M]; the scale is positive
     if (bias_ptr is not None) or (key_mask_ptr is not None):
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # finite where no key was seen yet
     else:
         pivot = m_new
-    p = weights(s, pivot[:, None], scale_log2, SCALED)
+    p = weights(s, pivot[:, None], scale_log2)
     alpha = tl.exp2(m_i - pivot)
     l_i = l_i * alpha + tl.sum(p, 1)
     if DROPOUT_BITS:
@@ -293,10 +257,9 @@ def _attention_fwd_kernel(
             q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
             stride_bias_k, seq_q, seq_k, scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
         )  # fmt: skip
-        SCALED: tl.constexpr = bias_ptr is not None
-        m_i = _highest(s, scale_log2, SCALED)  # [BLOCK_M]
+        m_i = tl.max(s, 1) * scale_log2  # [BLOCK_M]
         pivot = tl.where(m_i == float("-inf"), 0.0, m_i)
-        p = weights(s, pivot[:, None], scale_log2, SCALED)  # [BLOCK_M, BLOCK_N]
+        p = weights(s, pivot[:, None], scale_log2)  # [BLOCK_M, BLOCK_N]
         l_i = tl.sum(p, 1)
         if DROPOUT_BITS:
             keep = keep_scores(

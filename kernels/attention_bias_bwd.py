@@ -17,7 +17,7 @@ from ._dropout import dropout_keys, dropout_levels, keep_scores
 from ._launch import launch
 from ._registers import limited
 from ._tiles import AttentionTile, cdiv
-from .attention import load_rows, mask_scores, strides_of, weights
+from .attention import load_rows, masked_product, strides_of, weights
 from .attention_bwd_kernels import load_pairs
 
 __all__ = ["attention_bias_bwd"]
@@ -41,11 +41,10 @@ def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, rest_k, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, rest_k, HEAD_DIM, BLOCK_D, True)
     lse, delta = load_pairs(pairs_ptr, offs_m, rest_q)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    s = mask_scores(s, key_mask_ptr, bias_ptr, (first_m + offs_m)[:, None],
-                    (first_n + offs_n)[None, :], stride_bias_q, stride_bias_k, len_q, len_k,
-                    scale_log2, True)  # fmt: skip
-    p = weights(s, lse[:, None], scale_log2, True)
+    s = masked_product(q, k, key_mask_ptr, bias_ptr, (first_m + offs_m)[:, None],
+                       (first_n + offs_n)[None, :], stride_bias_q, stride_bias_k, len_q, len_k,
+                       scale_log2, True, INPUT_PRECISION)  # fmt: skip
+    p = weights(s, lse[:, None], scale_log2)
     dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,

@@ -87,7 +87,7 @@ def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_
     s = masked_product(q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :],
                        stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS,
                        INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]  # fmt: skip
-    p = weights(s, lse[:, None], scale_log2, bias_ptr is not None)
+    p = weights(s, lse[:, None], scale_log2)
     dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
     if DROPOUT_BITS:
         keep = keep_scores(key_0, key_1, offs_m[:, None], first_m, offs_n[None, :], first_n,
@@ -205,7 +205,7 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bia
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
                        stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
                        bias_ptr is not None, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
-    p = weights(s, lse[None, :], scale_log2, bias_ptr is not None)
+    p = weights(s, lse[None, :], scale_log2)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
     dropped = p
     if DROPOUT_BITS:
@@ -377,7 +377,7 @@ def _attention_bwd_kernel_whole(
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
                        stride_bias_q, stride_bias_k, seq_q, seq_k, scale_log2, True,
                        INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
-    p = weights(s, lse[None, :], scale_log2, bias_ptr is not None)
+    p = weights(s, lse[None, :], scale_log2)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
     dropped = p
     if DROPOUT_BITS:

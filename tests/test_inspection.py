@@ -151,19 +151,16 @@ def test_rows_that_are_read_in_small_pieces_are_refused(known):
     assert not copy["faults"] and not short["faults"], "32 values for 32 threads"
 
 
-def waste_of(special: float, dtype=torch.bfloat16, kernel="whole", **constants) -> list[str]:
+def waste_of(special: float, dtype=torch.bfloat16) -> list[str]:
     from fastbert.workbench.inspection import waste
 
-    variant = SimpleNamespace(element="score", dtype=dtype, constants=constants)
-    variant.kernel = SimpleNamespace(__name__=f"_attention_bwd_kernel_{kernel}")
+    variant = SimpleNamespace(element="score", dtype=dtype)
     return waste(SimpleNamespace(variant=variant, per_element={"special": special}))
 
 
 def test_scores_that_are_computed_twice_are_refused():
-    assert waste_of(2.06, bias_ptr=None) == ["2.1 exponentials a score"]
-    assert not waste_of(1.5, bias_ptr=None) and not waste_of(4.0, torch.float32, bias_ptr=None)
-    # With a bias too, but for transposed scores.
-    assert waste_of(2.0, kernel="dq") and not waste_of(2.0) and not waste_of(2.0, kernel="dkdv")
+    assert waste_of(2.06) == ["2.1 exponentials a score"]
+    assert not waste_of(1.5) and not waste_of(4.0, torch.float32)
 
 
 # ---- reading ----

@@ -96,7 +96,7 @@ reasons.append(inspect_variant(variant).faults)
 
 # A bias is read in another layout than a product's, in which scores were computed again.
 chosen = list(variants("attention", 90, dtypes=(torch.bfloat16,)))
-variant = next(v for v in chosen if "128x64 online padded, mask and bias per query" in v.name)
+variant = next(v for v in chosen if "D64 64x64 online padded, mask and bias per query" in v.name)
 reasons.append(inspect_variant(variant).per_element["special"])
 
 # Of eight warps: with dropout they are alone unless ptxas is given a limit.

@@ -71,8 +71,10 @@ ATTENTION = {
     "wrong scale": (("scale * LOG2E.value", "1.001 * scale * LOG2E.value"),),
     "wrong scale of the result": (("acc / safe[:, None]", "1.001 * acc / safe[:, None]"),),
     "one mask bit": (("where(keep != 0, s", "where((keep != 0) | (columns == 1), s"),),
+    "wrong scale of the bias": (("LOG2E / scale_log2", "1.01 * LOG2E / scale_log2"),),
+    "a key outside with a bias": (("(columns < len_k), other", "(columns <= len_k), other"),),
 }
-LSE = "weights(s, lse[None, :], scale_log2, bias_ptr is not None)"
+LSE = "weights(s, lse[None, :], scale_log2)"
 ATTENTION_BWD = {
     "fp16 accumulation": added_in_fp16(
         f"tl.dot(ds.to(k.dtype), k, acc, {PRODUCT}",

@@ -17,7 +17,7 @@ import torch
 
 from ..kernels._cards import CARDS, LIMITS, Card
 from ..kernels._compile import Artefact, compile_variant, faults
-from ..kernels._registers import ONE_UNDER_36, registers_for
+from ..kernels._registers import ONE_PROGRAM, registers_for
 from ..kernels._variants import Variant
 from . import sass
 from .hazards import hazards
@@ -184,12 +184,13 @@ class Inspection:
 def waste(found: Inspection) -> list[str]:
     """What a variant does twice, or in small pieces, in words; empty if nothing.
 
-    Warps that share no rows of a tile compute all of them each, which shows in the exponentials. A
-    row that is too short to be read otherwise is read as it can be.
+    Warps that share no rows of a tile compute all of them each, which shows in the exponentials (in
+    fp32, outside the matrix units, they are there for their registers). A row that is too short to
+    be read otherwise is read as it can be.
     """
     variant, special = found.variant, found.per_element.get("special", 0.0)
     if variant.element == "score":
-        twice = special > _SPECIAL_A_SCORE and not _may_repeat(variant)
+        twice = special > _SPECIAL_A_SCORE and variant.dtype.itemsize == 2
         return [f"{special:.2g} exponentials a score"] * twice
     if variant.element == "value":
         bits = Counter()
@@ -203,18 +204,6 @@ def waste(found: Inspection) -> list[str]:
     return []
 
 
-def _may_repeat(variant: Variant) -> bool:
-    """Whether scores may be computed more than once.
-
-    In fp32, outside the matrix units, warps are there for their registers. So they are for
-    transposed scores with a bias, in a whole sequence by heads of 64 or more without wgmma; and the
-    compiler of triton 3.6 makes transposed ones as the bias is read, too.
-    """
-    transposed = variant.kernel.__name__.endswith(("_whole", "_dkdv"))
-    biased = variant.constants.get("bias_ptr", 0) is not None
-    return variant.dtype.itemsize != 2 or (transposed and biased)
-
-
 def room_for_two(found: Inspection) -> list[str]:
     """Whether a program that is alone on a multiprocessor need not be, in words; empty if it must.
 
@@ -222,7 +211,7 @@ def room_for_two(found: Inspection) -> list[str]:
     may have. They fit if that takes no stack and hardly more instructions.
     """
     variant, alone = found.variant, found.occupancy
-    if alone.programs != 1 or alone.limit != "registers" or variant.name in ONE_UNDER_36:
+    if alone.programs != 1 or alone.limit != "registers" or variant.name in ONE_PROGRAM:
         return []
     if getattr(variant.tile, "max_registers", 0) is not None:  # has a limit, or cannot have one
         return []
