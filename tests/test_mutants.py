@@ -71,7 +71,7 @@ ATTENTION = {
     "wrong scale": (("scale * LOG2E.value", "1.001 * scale * LOG2E.value"),),
     "wrong scale of the result": (("acc / safe[:, None]", "1.001 * acc / safe[:, None]"),),
     "one mask bit": (("where(keep != 0, s", "where((keep != 0) | (columns == 1), s"),),
-    "wrong scale of the bias": (("LOG2E / scale_log2", "1.01 * LOG2E / scale_log2"),),
+    "wrong scale of the bias": (("LOG2E / scale_log2", "1.001 * LOG2E / scale_log2"),),
     "a key outside with a bias": (("(columns < len_k), other", "(columns <= len_k), other"),),
 }
 LSE = "weights(s, lse[None, :], scale_log2)"
