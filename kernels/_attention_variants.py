@@ -27,19 +27,17 @@ def _attention_forms(dtype: torch.dtype, backward: bool = False) -> dict[Form, t
     masked = ({"key_mask_ptr": "*i1"}, (*maps, "bias_ptr", "seed_ptr"))
     biased = ({"key_mask_ptr": "*i1", "bias_ptr": None}, (*maps, "seed_ptr"))
     own, bert = (16, 32, 64, 128), (64,)
-    # The compiler takes a stride of 1 as a constant.
     forms = {
         Form(packed=True): (*packed, (16, 32, 64, 96, 128), {}),
-        Form(packed=True, bias="bias"): (*packed_biased, own, {"stride_bias_k": 1}),
+        Form(packed=True, bias=True): (*packed_biased, own, {}),
         Form(packed=False, mask=True): (*masked, bert if backward else (32, 64, 128), {}),
-        Form(packed=False, mask=True, bias="bias"): (*biased, bert, {"stride_bias_k": 1}),
-        Form(packed=False, mask=True, bias="bias per query"): (*biased, own, {}),
+        Form(packed=False, mask=True, bias=True): (*biased, own, {}),
     }
     for form, head_dims, bits in (
         (Form(packed=True), own, 8),
         (Form(packed=True), bert, 16),
         (Form(packed=False, mask=True), () if backward else bert, 8),
-        (Form(packed=False, mask=True, bias="bias per query"), own, 8),
+        (Form(packed=False, mask=True, bias=True), own, 8),
     ):
         extra, none = forms[form][:2]
         none = tuple(name for name in none if name != "seed_ptr")

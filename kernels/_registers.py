@@ -36,20 +36,20 @@ class Form(NamedTuple):
     Attributes:
         packed: sequences lie behind each other.
         mask: of keys.
-        bias: ``"bias"`` whose keys lie next to each other, ``"bias per query"`` of any strides.
+        bias: of scores.
         dropout_bits: of one draw; 0 without dropout.
         precision: of fp32 products.
     """
 
     packed: bool
     mask: bool = False
-    bias: str = ""
+    bias: bool = False
     dropout_bits: int = 0
     precision: str = "ieee"
 
     def __str__(self) -> str:
         text = "packed" if self.packed else "padded"
-        if beside := " and ".join(filter(None, ("mask" * self.mask, self.bias))):
+        if beside := " and ".join(filter(None, ("mask" * self.mask, "bias" * self.bias))):
             text += f", {beside}"
         if self.dropout_bits:
             text += f", dropout {self.dropout_bits} bit"
@@ -88,8 +88,7 @@ def limited(
     Args:
         q: packed, ``[T, H, D]``, or padded, ``[B, H, S, D]``.
     """
-    kind = "" if bias is None else "bias" if bias.stride(-1) == 1 else "bias per query"
-    form = Form(q.dim() == 3, key_mask is not None, kind, dropout_bits, precision)
+    form = Form(q.dim() == 3, key_mask is not None, bias is not None, dropout_bits, precision)
     return limited_for(tile, kernel, device_arch(q.device), q.dtype, q.shape[-1], form)
 
 
@@ -113,56 +112,61 @@ def limited_for(
 
 TWO_PROGRAMS = frozenset(
     """
-attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query
-attention_bwd_kernel_dkdv sm_80 fp32 D32 16x32 padded, mask and bias per query
+attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias
+attention_bwd_kernel_bias sm_90 bf16 D16 64x64 padded, mask and bias
+attention_bwd_kernel_bias sm_90 bf16 D16 64x64 padded, mask and bias, dropout 8 bit
+attention_bwd_kernel_bias sm_90 bf16 D32 64x64 padded, mask and bias, dropout 8 bit
+attention_bwd_kernel_dkdv sm_80 bf16 D16 64x128 packed
+attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed
 attention_bwd_kernel_dkdv sm_89 bf16 D16 64x128 packed, dropout 8 bit
-attention_bwd_kernel_dkdv sm_89 fp32 D32 16x32 padded, mask and bias per query
-attention_bwd_kernel_dkdv sm_90 fp32 D128 16x16 padded, mask and bias per query
+attention_bwd_kernel_dkdv sm_90 fp32 D128 16x16 padded, mask and bias
 attention_bwd_kernel_dkdv sm_90 fp32 D128 32x16 packed, tf32
 attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, bias
 attention_bwd_kernel_dq sm_80 fp32 D32 16x32 packed, dropout 8 bit
-attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query
-attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_dq sm_80 fp32 D32 16x32 padded, mask and bias, dropout 8 bit
 attention_bwd_kernel_dq sm_80 fp32 D64 32x32 packed, tf32
-attention_bwd_kernel_dq sm_89 bf16 D16 64x64 padded, mask and bias per query, dropout 8 bit
 attention_bwd_kernel_dq sm_89 bf16 D32 128x64 packed
-attention_bwd_kernel_dq sm_89 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_dq sm_89 fp32 D32 16x32 packed, dropout 8 bit
 attention_bwd_kernel_dq sm_89 fp32 D64 32x32 packed, tf32
-attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_dq sm_90 fp32 D32 16x32 padded, mask and bias, dropout 8 bit
 attention_bwd_kernel_whole sm_80 bf16 D128 64x64 packed, bias
-attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias per query
-attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias per query, dropout 8 bit
+attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias, dropout 8 bit
 attention_bwd_kernel_whole sm_80 bf16 D96 64x64 packed
 attention_bwd_kernel_whole sm_80 fp32 D128 16x32 packed, bias
+attention_bwd_kernel_whole sm_80 fp32 D128 16x32 padded, mask and bias
 attention_bwd_kernel_whole sm_89 bf16 D16 128x128 packed
 attention_bwd_kernel_whole sm_90 fp32 D128 16x32 packed, bias
-attention_bwd_kernel_whole sm_90 fp32 D64 32x32 padded, mask and bias per query, dropout 8 bit
-attention_fwd_kernel sm_80 bf16 D32 128x32 online padded, mask and bias per query
+attention_bwd_kernel_whole sm_90 fp32 D128 16x32 padded, mask and bias
 attention_fwd_kernel sm_80 bf16 D32 128x64 online packed, dropout 8 bit
-attention_fwd_kernel sm_89 bf16 D32 128x32 online padded, mask and bias per query
-attention_fwd_kernel sm_89 bf16 D32 128x32 online padded, mask and bias per query, dropout 8 bit
 attention_fwd_kernel sm_89 bf16 D32 128x64 online packed, dropout 8 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 16 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online packed, dropout 8 bit
 attention_fwd_kernel sm_90 bf16 D64 128x64 online padded, mask, dropout 8 bit
 attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask
+attention_fwd_kernel sm_90 fp32 D128 32x16 online padded, mask and bias
 """.strip().splitlines()
 )
 
 PROGRAMS = {
+    "attention_bwd_kernel_bias sm_89 fp32 D128 16x32 padded, mask and bias": 2,
+    "attention_bwd_kernel_bias sm_90 fp32 D32 32x32 padded, mask and bias, dropout 8 bit": 2,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 16 bit": 3,
     "attention_bwd_kernel_dq sm_90 bf16 D64 64x64 packed, dropout 8 bit": 3,
-    "attention_bwd_kernel_whole sm_89 bf16 D16 64x64 padded, mask and bias per query": 4,
+    "attention_fwd_kernel sm_80 bf16 D16 64x128 single padded, mask and bias": 4,
     "attention_fwd_kernel sm_80 fp32 D16 16x32 online packed, bias": 5,
+    "attention_fwd_kernel sm_89 fp32 D128 16x32 online padded, mask and bias": 3,
     "attention_fwd_kernel sm_90 bf16 D32 64x64 online packed, dropout 8 bit": 4,
 }
 
-# Would fit with the compiler of triton 3.7 and not with that of 3.6, or the other way round: 8 to
-# 256 bytes of stack.
+# Would fit with the compiler of triton 3.7 and not with that of 3.6, or the other way round: 8 or
+# 16 bytes of stack, or (tf32) 5.4 % more instructions.
 ONE_PROGRAM = frozenset(
     """
-attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias per query, dropout 8 bit
-attention_bwd_kernel_bias sm_90 bf16 D16 64x64 padded, mask and bias per query
+attention_bwd_kernel_bias sm_80 fp32 D128 32x32 padded, mask and bias, dropout 8 bit
+attention_bwd_kernel_dkdv sm_80 fp32 D128 32x16 packed, tf32
+attention_bwd_kernel_dq sm_80 bf16 D32 128x64 packed, dropout 8 bit
+attention_bwd_kernel_dq sm_89 bf16 D32 128x64 packed, dropout 8 bit
+attention_bwd_kernel_whole sm_80 bf16 D128 64x64 padded, mask and bias
 """.strip().splitlines()
 )

@@ -33,7 +33,8 @@ from ._registers import limited
 from ._tiles import AttentionTile, attention_tile, cdiv
 
 __all__ = ["attention_padded_fwd", "attention_varlen_fwd"]
-# For backward too: for_all, load_lse, load_rows, locate, masked_product, strides_of, weights.
+# For backward too: by_rows, for_all, load_lse, load_rows, locate, masked_product, strides_of,
+# weights.
 
 
 @triton.jit
@@ -62,10 +63,10 @@ def load_lse(lse_ptr, offs_m, length):
 
 
 @triton.jit
-def _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k, factor,
+def _load_bias(bias_ptr, rows, columns, stride_bias_q, len_q, len_k, factor,
                CHECK_KEYS: tl.constexpr):  # fmt: skip
     """The bias times a factor; for keys outside it is -inf before that."""
-    ptrs = bias_ptr + rows.to(tl.int64) * stride_bias_q + columns.to(tl.int64) * stride_bias_k
+    ptrs = bias_ptr + rows.to(tl.int64) * stride_bias_q + columns
     if CHECK_KEYS:
         bias = tl.load(ptrs, mask=(rows < len_q) & (columns < len_k), other=float("-inf"))
     else:
@@ -74,8 +75,8 @@ def _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len
 
 
 @triton.jit
-def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, stride_bias_k,
-                   len_q, len_k, scale_log2, CHECK_KEYS: tl.constexpr,
+def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, len_q, len_k,
+                   scale_log2, CHECK_KEYS: tl.constexpr,
                    INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """``a b^T`` and the bias, before scaling, -inf where a query may not look; ``rows`` and
     ``columns`` are expanded like the product, either way round.
@@ -88,7 +89,7 @@ def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, s
     if ((key_mask_ptr is not None) or (bias_ptr is not None)) and (a.dtype != tl.float32):
         start = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
         if bias_ptr is not None:
-            start = _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k,
+            start = _load_bias(bias_ptr, rows, columns, stride_bias_q, len_q, len_k,
                                LOG2E / scale_log2, CHECK_KEYS)  # fmt: skip
         if key_mask_ptr is not None:
             keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
@@ -97,7 +98,7 @@ def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, s
     else:
         s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
         if bias_ptr is not None:  # taken off: a sum would be made the start by the compiler
-            s -= _load_bias(bias_ptr, rows, columns, stride_bias_q, stride_bias_k, len_q, len_k,
+            s -= _load_bias(bias_ptr, rows, columns, stride_bias_q, len_q, len_k,
                             -LOG2E / scale_log2, CHECK_KEYS)  # fmt: skip
         if key_mask_ptr is not None:
             keep = tl.load(key_mask_ptr + columns, mask=columns < len_k, other=0)
@@ -109,7 +110,7 @@ def masked_product(a, b, key_mask_ptr, bias_ptr, rows, columns, stride_bias_q, s
 
 @triton.jit
 def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
-            stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+            len_q, len_k, scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             CHECK_KEYS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """One masked tile of scores, [BLOCK_M, BLOCK_N].
 
@@ -117,8 +118,8 @@ def _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t
     """
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     return masked_product(
-        q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q,
-        stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION,
+        q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias_q, len_q,
+        len_k, scale_log2, CHECK_KEYS, INPUT_PRECISION,
     )  # fmt: skip
 
 
@@ -130,13 +131,13 @@ def weights(s, pivot, scale_log2):
 
 @triton.jit
 def _online_step(acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-                 stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
-                 key_0, key_1, first_m, first_n, dropout_threshold, nothing,
+                 stride_k_t, stride_v_t, stride_bias_q, len_q, len_k, scale_log2, key_0, key_1,
+                 first_m, first_n, dropout_threshold, nothing,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
                  DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """Takes one tile of keys into the running maximum, sum and output."""
     s = _scores(q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
-                stride_bias_k, len_q, len_k, scale_log2, HEAD_DIM, BLOCK_D, CHECK_KEYS,
+                len_q, len_k, scale_log2, HEAD_DIM, BLOCK_D, CHECK_KEYS,
                 INPUT_PRECISION)  # fmt: skip
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M]; the scale is positive
     if (bias_ptr is not None) or (key_mask_ptr is not None):
@@ -203,7 +204,7 @@ def _attention_fwd_kernel(
     lse_ptr,  # [H, T] or [B, H, S], fp32, or None
     q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides or None; packed, by places in a sequence
+    bias_ptr,  # [B, H, Sq, Sk] or None; packed, by places in a sequence
     seed_ptr,  # [1] int64, read with dropout only
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # [B + 1] or None
     tile_map_ptr,  # [tiles, 2] or None
@@ -213,7 +214,7 @@ def _attention_fwd_kernel(
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
     stride_mask_b,
-    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_bias_b, stride_bias_h, stride_bias_q,
     tiles_per_sequence, len_q, len_k,
     scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr,
@@ -255,7 +256,7 @@ def _attention_fwd_kernel(
             v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         s = _scores(
             q, k_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d, stride_k_t, stride_bias_q,
-            stride_bias_k, seq_q, seq_k, scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
+            seq_q, seq_k, scale_log2, HEAD_DIM, BLOCK_D, True, INPUT_PRECISION,
         )  # fmt: skip
         m_i = tl.max(s, 1) * scale_log2  # [BLOCK_M]
         pivot = tl.where(m_i == float("-inf"), 0.0, m_i)
@@ -280,8 +281,8 @@ def _attention_fwd_kernel(
                 q = load_rows(q_ptr, offs_m, offs_d, stride_q_t, seq_q, HEAD_DIM, BLOCK_D, True)
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-                stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
-                key_0, key_1, tile * BLOCK_M, i * BLOCK_N, dropout_threshold, nothing,
+                stride_k_t, stride_v_t, stride_bias_q, seq_q, BLOCK_N, scale_log2, key_0, key_1,
+                tile * BLOCK_M, i * BLOCK_N, dropout_threshold, nothing,
                 HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
             k_ptr += step * stride_k_t
@@ -289,13 +290,13 @@ def _attention_fwd_kernel(
             if key_mask_ptr is not None:
                 key_mask_ptr += BLOCK_N
             if bias_ptr is not None:
-                bias_ptr += step * stride_bias_k
+                bias_ptr += BLOCK_N
         rest = seq_k % BLOCK_N
         if rest > 0:
             acc, m_i, l_i = _online_step(
                 acc, m_i, l_i, q, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-                stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
-                key_0, key_1, tile * BLOCK_M, seq_k - rest, dropout_threshold, nothing,
+                stride_k_t, stride_v_t, stride_bias_q, seq_q, rest, scale_log2, key_0, key_1,
+                tile * BLOCK_M, seq_k - rest, dropout_threshold, nothing,
                 HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
     _store(out_ptr, lse_ptr, acc, m_i, l_i, offs_m, offs_d, stride_o_t, seq_q, dropout_scale,
@@ -311,9 +312,19 @@ def strides_of(t: torch.Tensor | None) -> tuple[int, int, int]:
     return t.stride(0), t.stride(2), t.stride(1)
 
 
+def by_rows(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias ``[B, H, Sq, Sk]`` whose keys lie next to each other, as the kernels read it, with a
+    stride of 0 where it had one: a copy if they do not. (Read as they are, each key of a row would
+    be a read of its own in memory and an address of its own in registers.)"""
+    if bias is None or bias.stride(3) == 1 or bias.shape[3] == 1:
+        return bias
+    one = tuple(slice(None if stride else 1) for stride in bias.stride()[:2])
+    return bias[one].contiguous().expand(bias.shape)
+
+
 def for_all(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """``[H, S, S]`` as ``[2, H, S, S]``, the same for all sequences."""
-    return None if bias is None else bias.expand(2, -1, -1, -1)
+    """``[H, S, S]`` as ``[2, H, S, S]``, the same for all sequences, `by_rows`."""
+    return None if bias is None else by_rows(bias.expand(2, -1, -1, -1))
 
 
 def attention_varlen_fwd(
@@ -402,8 +413,8 @@ def attention_padded_fwd(
     )  # fmt: skip
     tiles = cdiv(len_q, tile.block_m)
     _launch(
-        out, lse, q, k, v, None if key_mask is None else key_mask.contiguous(), bias, seed,
-        (None, None, None), (batch_size * tiles, num_heads), (tiles, len_q, len_k), scale,
+        out, lse, q, k, v, None if key_mask is None else key_mask.contiguous(), by_rows(bias),
+        seed, (None, None, None), (batch_size * tiles, num_heads), (tiles, len_q, len_k), scale,
         dropout_p, tile,
     )  # fmt: skip
     return out, lse
@@ -423,7 +434,7 @@ def _launch(
         *strides_of(out), *((0, 0) if lse is None else (0, *lse.stride())[-3:-1]),
         *strides_of(q), *strides_of(k), *strides_of(v),
         0 if key_mask is None else key_mask.stride(0),
-        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *((0, 0, 0) if bias is None else bias.stride()[:3]),
         *sizes, scale * LOG2E.value, threshold, dropout_scale,
         HEAD_DIM=q.shape[-1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_D=tile.block_d, SINGLE=tile.single, RELOAD_Q=q.dtype == torch.float32,

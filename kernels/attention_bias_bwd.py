@@ -26,8 +26,7 @@ __all__ = ["attention_bias_bwd"]
 @triton.jit
 def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr, offs_m,
                  offs_n, offs_d, first_m, first_n, stride_do_t, stride_q_t, stride_k_t, stride_v_t,
-                 stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, key_0, key_1,
-                 dropout_threshold,
+                 stride_bias_q, len_q, len_k, scale_log2, key_0, key_1, dropout_threshold,
                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT_BITS: tl.constexpr,
                  INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """ds of one sequence and head, [BLOCK_M, BLOCK_N], without the scale of dropout.
@@ -42,8 +41,8 @@ def _tile_of_one(do_ptr, q_ptr, k_ptr, v_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, rest_k, HEAD_DIM, BLOCK_D, True)
     lse, delta = load_pairs(pairs_ptr, offs_m, rest_q)
     s = masked_product(q, k, key_mask_ptr, bias_ptr, (first_m + offs_m)[:, None],
-                       (first_n + offs_n)[None, :], stride_bias_q, stride_bias_k, len_q, len_k,
-                       scale_log2, True, INPUT_PRECISION)  # fmt: skip
+                       (first_n + offs_n)[None, :], stride_bias_q, len_q, len_k, scale_log2,
+                       True, INPUT_PRECISION)  # fmt: skip
     p = weights(s, lse[:, None], scale_log2)
     dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
     if DROPOUT_BITS:
@@ -64,7 +63,7 @@ def _attention_bwd_kernel_bias(
     do_ptr, q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides
+    bias_ptr,  # [B, H, Sq, Sk]
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr,  # [B + 1], of keys as well, or None
     stride_do_b, stride_do_t, stride_do_h,
@@ -73,7 +72,7 @@ def _attention_bwd_kernel_bias(
     stride_v_b, stride_v_t, stride_v_h,
     stride_pairs_b, stride_pairs_h,
     stride_mask_b,
-    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_bias_b, stride_bias_h, stride_bias_q,
     num_sequences, num_heads, len_q, len_k,
     scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, SUM_SEQUENCES: tl.constexpr, SUM_HEADS: tl.constexpr,
@@ -121,8 +120,8 @@ def _attention_bwd_kernel_bias(
                 pairs_ptr + pairs, masks,
                 bias_ptr + sequence * stride_bias_b + head * stride_bias_h,
                 offs_m, offs_n, offs_d, first_m, first_n,
-                stride_do_t, stride_q_t, stride_k_t, stride_v_t, stride_bias_q, stride_bias_k,
-                seq_q, seq_k, scale_log2, key_0, key_1, dropout_threshold,
+                stride_do_t, stride_q_t, stride_k_t, stride_v_t, stride_bias_q, seq_q, seq_k,
+                scale_log2, key_0, key_1, dropout_threshold,
                 HEAD_DIM, BLOCK_D, DROPOUT_BITS, INPUT_PRECISION,
             )  # fmt: skip
     if DROPOUT_BITS:
@@ -180,7 +179,7 @@ def attention_bias_bwd(
         dbias, do, q, k, v, pairs, key_mask, bias, seed if bits else None,
         cu_seqlens, *(stride for t in (do, q, k, v) for stride in strides_of(t)),
         *(0, *pairs.stride())[-4:-2], 0 if key_mask is None else key_mask.stride(0),
-        *bias.stride(),
+        *bias.stride()[:3],
         batch_size, num_heads, len_q, len_k, scale * LOG2E.value, threshold, dropout_scale,
         HEAD_DIM=head_dim, SUM_SEQUENCES=over_b, SUM_HEADS=over_h,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,

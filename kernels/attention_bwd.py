@@ -13,7 +13,7 @@ from ._dropout import dropout_levels
 from ._launch import launch
 from ._registers import limited
 from ._tiles import AttentionBwdTiles, AttentionTile, attention_bwd_tiles, cdiv
-from .attention import for_all, strides_of
+from .attention import by_rows, for_all, strides_of
 from .attention_bias_bwd import attention_bias_bwd
 from .attention_bwd_kernels import (
     _attention_bwd_kernel_dkdv,
@@ -117,7 +117,7 @@ def attention_padded_bwd(
         q.new_empty(batch_size, length, num_heads, head_dim).transpose(1, 2) for length in sizes
     )
     key_mask = None if key_mask is None else key_mask.contiguous()
-    pairs = _pairs_for(lse)
+    pairs, bias = _pairs_for(lse), by_rows(bias)
     common = _Common(
         do, out, q, k, v, lse, pairs, key_mask, bias, seed, gradients, scale, dropout_p
     )
@@ -168,7 +168,7 @@ class _Common:
         self.mask_strides = (
             *(0, *lse.stride())[-3:-1],
             0 if key_mask is None else key_mask.stride(0),
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            *((0, 0, 0) if bias is None else bias.stride()[:3]),
         )
         self.scale_log2 = scale * LOG2E.value
         self.scalars = (float(scale), self.scale_log2, threshold, dropout_scale)

@@ -77,15 +77,15 @@ def _store_rows(ptr, values, offs_r, offs_d, stride_r, length, HEAD_DIM: tl.cons
 
 @triton.jit
 def _dq_step(acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-             stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, key_0,
-             key_1, first_m, first_n, dropout_threshold,
+             stride_k_t, stride_v_t, stride_bias_q, len_q, len_k, scale_log2, key_0, key_1, first_m,
+             first_n, dropout_threshold,
              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_KEYS: tl.constexpr,
              DROPOUT_BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """Adds one tile of keys to dq, which still lacks the scale of dropout."""
     k = load_rows(k_ptr, offs_n, offs_d, stride_k_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, len_k, HEAD_DIM, BLOCK_D, CHECK_KEYS)
     s = masked_product(q, k, key_mask_ptr, bias_ptr, offs_m[:, None], offs_n[None, :],
-                       stride_bias_q, stride_bias_k, len_q, len_k, scale_log2, CHECK_KEYS,
+                       stride_bias_q, len_q, len_k, scale_log2, CHECK_KEYS,
                        INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]  # fmt: skip
     p = weights(s, lse[:, None], scale_log2)
     dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
@@ -109,7 +109,7 @@ def _attention_bwd_kernel_dq(
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides or None
+    bias_ptr,  # [B, H, Sq, Sk] or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None
     stride_dq_b, stride_dq_t, stride_dq_h,
@@ -120,7 +120,7 @@ def _attention_bwd_kernel_dq(
     stride_v_b, stride_v_t, stride_v_h,
     stride_lse_b, stride_lse_h,
     stride_mask_b,
-    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_bias_b, stride_bias_h, stride_bias_q,
     tiles_per_sequence, len_q, len_k,
     scale, scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr,
@@ -168,8 +168,8 @@ def _attention_bwd_kernel_dq(
             do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, seq_q, HEAD_DIM, BLOCK_D, True)
         acc = _dq_step(
             acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-            stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, BLOCK_N, scale_log2,
-            key_0, key_1, first_m, i * BLOCK_N, dropout_threshold,
+            stride_k_t, stride_v_t, stride_bias_q, seq_q, BLOCK_N, scale_log2, key_0, key_1,
+            first_m, i * BLOCK_N, dropout_threshold,
             HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
         k_ptr += step * stride_k_t
@@ -177,13 +177,13 @@ def _attention_bwd_kernel_dq(
         if key_mask_ptr is not None:
             key_mask_ptr += BLOCK_N
         if bias_ptr is not None:
-            bias_ptr += step * stride_bias_k
+            bias_ptr += BLOCK_N
     rest = seq_k % BLOCK_N
     if rest > 0:
         acc = _dq_step(
             acc, q, do, lse, delta, k_ptr, v_ptr, key_mask_ptr, bias_ptr, offs_m, offs_n, offs_d,
-            stride_k_t, stride_v_t, stride_bias_q, stride_bias_k, seq_q, rest, scale_log2,
-            key_0, key_1, first_m, seq_k - rest, dropout_threshold,
+            stride_k_t, stride_v_t, stride_bias_q, seq_q, rest, scale_log2, key_0, key_1,
+            first_m, seq_k - rest, dropout_threshold,
             HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
     if DROPOUT_BITS:
@@ -193,9 +193,9 @@ def _attention_bwd_kernel_dq(
 
 @triton.jit
 def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
-               offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
-               len_q, len_k, scale_log2, key_0, key_1, first_m, first_n, dropout_threshold,
-               nothing, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, len_q, len_k,
+               scale_log2, key_0, key_1, first_m, first_n, dropout_threshold, nothing,
+               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                CHECK_ROWS: tl.constexpr, DROPOUT_BITS: tl.constexpr,
                INPUT_PRECISION: tl.constexpr):  # fmt: skip
     """Adds one tile of queries to dk and dv, which still lack the scale of dropout."""
@@ -203,8 +203,8 @@ def _dkdv_step(acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bia
     do = load_rows(do_ptr, offs_m, offs_d, stride_do_t, len_q, HEAD_DIM, BLOCK_D, CHECK_ROWS)
     lse, delta = load_pairs(pairs_ptr, offs_m, len_q)
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
-                       stride_bias_q, stride_bias_k, len_q, len_k, scale_log2,
-                       bias_ptr is not None, INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
+                       stride_bias_q, len_q, len_k, scale_log2, bias_ptr is not None,
+                       INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
     p = weights(s, lse[None, :], scale_log2)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
     dropped = p
@@ -230,7 +230,7 @@ def _attention_bwd_kernel_dkdv(
     do_ptr, q_ptr, k_ptr, v_ptr,
     pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides or None
+    bias_ptr,  # [B, H, Sq, Sk] or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None; tiles of keys
     stride_dk_b, stride_dk_t, stride_dk_h,
@@ -241,7 +241,7 @@ def _attention_bwd_kernel_dkdv(
     stride_v_b, stride_v_t, stride_v_h,
     stride_lse_b, stride_lse_h,
     stride_mask_b,
-    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_bias_b, stride_bias_h, stride_bias_q,
     tiles_per_sequence, len_q, len_k,
     scale, scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr,
@@ -265,9 +265,7 @@ def _attention_bwd_kernel_dkdv(
     if key_mask_ptr is not None:
         key_mask_ptr += sequence * stride_mask_b + first_n
     if bias_ptr is not None:
-        bias_ptr += (
-            sequence * stride_bias_b + head * stride_bias_h + first_n.to(tl.int64) * stride_bias_k
-        )
+        bias_ptr += sequence * stride_bias_b + head * stride_bias_h + first_n
     key_0, key_1 = 0, 0
     if DROPOUT_BITS:
         key_0, key_1 = dropout_keys(seed_ptr, sequence, head)
@@ -287,9 +285,9 @@ def _attention_bwd_kernel_dkdv(
             v = load_rows(v_ptr, offs_n, offs_d, stride_v_t, seq_k, HEAD_DIM, BLOCK_D, True)
         acc_dk, acc_dv = _dkdv_step(
             acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
-            offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
-            BLOCK_M, seq_k, scale_log2, key_0, key_1, i * BLOCK_M, first_n, dropout_threshold,
-            nothing, HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
+            offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, BLOCK_M, seq_k,
+            scale_log2, key_0, key_1, i * BLOCK_M, first_n, dropout_threshold, nothing,
+            HEAD_DIM, BLOCK_D, False, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
         q_ptr += step * stride_q_t
         do_ptr += step * stride_do_t
@@ -300,9 +298,9 @@ def _attention_bwd_kernel_dkdv(
     if rest > 0:
         acc_dk, acc_dv = _dkdv_step(
             acc_dk, acc_dv, k, v, q_ptr, do_ptr, pairs_ptr, key_mask_ptr, bias_ptr,
-            offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, stride_bias_k,
-            rest, seq_k, scale_log2, key_0, key_1, seq_q - rest, first_n, dropout_threshold,
-            nothing, HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
+            offs_m, offs_n, offs_d, stride_q_t, stride_do_t, stride_bias_q, rest, seq_k,
+            scale_log2, key_0, key_1, seq_q - rest, first_n, dropout_threshold, nothing,
+            HEAD_DIM, BLOCK_D, True, DROPOUT_BITS, INPUT_PRECISION,
         )  # fmt: skip
     if DROPOUT_BITS:
         scale *= dropout_scale
@@ -322,7 +320,7 @@ def _attention_bwd_kernel_whole(
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] by strides or None
+    bias_ptr,  # [B, H, Sq, Sk] or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None; one tile for each sequence
     stride_dq_b, stride_dq_t, stride_dq_h,
@@ -335,7 +333,7 @@ def _attention_bwd_kernel_whole(
     stride_v_b, stride_v_t, stride_v_h,
     stride_lse_b, stride_lse_h,
     stride_mask_b,
-    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    stride_bias_b, stride_bias_h, stride_bias_q,
     len_q, len_k,
     scale, scale_log2, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr,
@@ -375,7 +373,7 @@ def _attention_bwd_kernel_whole(
     lse = load_lse(lse_ptr + statistics, offs_m, seq_q)
     _store_pairs(pairs_ptr + 2 * statistics, lse, delta, offs_m, seq_q)
     s = masked_product(k, q, key_mask_ptr, bias_ptr, offs_m[None, :], offs_n[:, None],
-                       stride_bias_q, stride_bias_k, seq_q, seq_k, scale_log2, True,
+                       stride_bias_q, seq_q, seq_k, scale_log2, True,
                        INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]  # fmt: skip
     p = weights(s, lse[None, :], scale_log2)
     dp = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)

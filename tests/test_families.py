@@ -319,6 +319,16 @@ def test_compile_and_export_are_one_graph(family, on_torch):
     check(first, theirs, RIGHT.bool(), head, *others, **inputs)
 
 
+def test_a_bias_in_the_scores_lies_by_rows():
+    """Otherwise the kernels copy it in every layer, forward and backward."""
+    biased = [name for name in OTHERS if registry.load(name).score_bias is not None]
+    assert biased
+    for name in biased:
+        family = registry.load(name)
+        _, ours = pair_of(name, family.model.__name__)
+        assert family.score_bias(ours, 9).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("family", "head"), quick([pair for pair in HEADS if "Sequence" in pair[1]])
 )

@@ -214,6 +214,24 @@ def test_rows_far_apart_are_found(single, device):
     check(out, attention_varlen_ref, near, [3], [keys], name="far apart")
 
 
+@pytest.mark.parametrize("strides", [(2**26, 64), (64, 2**26)], ids=["queries", "keys"])
+def test_a_bias_whose_rows_or_keys_lie_far_apart_is_found(strides, device):
+    """Offsets over 2**31 values within one sequence; forward and gradients as of a copy."""
+    memory = torch.empty(33 * 2**26, dtype=torch.float16, device=device)
+    far = memory.as_strided((1, 33, 33), (0, *strides))
+    far.copy_(torch.randn(far.shape))
+    qkv = torch.randn(33, 3, 1, 16).to(device, torch.float16)
+    do = torch.randn(33, 1, 16).to(device, torch.float16)
+    batch = PackedBatch.from_lengths([33], device)
+    results = []
+    for bias in (far, far.contiguous()):
+        inputs = [t.detach().requires_grad_() for t in (qkv, bias)]
+        out = ops.attention_qkv(inputs[0], batch, bias=inputs[1])
+        results.append([out, *torch.autograd.grad(out, inputs, do)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 PADDED = {  # (B, H, Sq, Sk, D)
     "self": (2, 2, 33, 33, 32),
     "walks": (2, 2, 20, 150, 64),

@@ -25,8 +25,8 @@ def _score_bias(model: nn.Module, length: int) -> Tensor:
     encoder = model.encoder
     table = encoder.relative_attention_bias
     distances = torch.arange(1 - length, length, device=table.weight.device)
-    by_distance = table(encoder.relative_position_bucket(distances, num_buckets=32)).T
-    # Row i is the window of distances -i to S - 1 - i.
+    by_distance = table(encoder.relative_position_bucket(distances, num_buckets=32)).T.contiguous()
+    # Row i is the window of distances -i to S - 1 - i, and contiguous since the distances are.
     return by_distance.unfold(1, length, 1).flip(1)
 
 

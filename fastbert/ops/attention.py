@@ -106,7 +106,7 @@ def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | Non
     others = bias - torch.where((distance > _FAR) & finite & ~drowned, level, 0.0)
     alike = torch.where(best, _ALIKE, -math.inf).to(bias.dtype)
     share = torch.where(drowned, 1.0 / best.sum(-1, keepdim=True).clamp_min(1), 1.0)
-    return torch.where(drowned, alike, others), share
+    return rows_contiguous(torch.where(drowned, alike, others)), share  # or it is copied twice
 
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -140,9 +140,10 @@ def attention_varlen(
         unfused: in torch, use operations that have second derivatives; the matrix of scores is then
             kept for backward.
         bias: ``[H, S, S]``, added to the scaled scores of every sequence, by places in it; S is the
-            longest one's length. Numbers as a model learns them, and ``-inf``: gradients of the
-            kernels lose digits where all that a query sees is far beyond 64, and below -2^120 it
-            sees nothing. Masks are for `attention`.
+            longest one's length; the kernels copy one whose last stride is not 1. Numbers as a
+            model learns them, and ``-inf``: gradients of the kernels lose digits where all that a
+            query sees is far beyond 64, and below -2^120 it sees nothing. Masks are for
+            `attention`.
 
     Returns:
         ``[Tq, H, D]``, contiguous. A query whose sequence has no keys gives zeros. Neighbours

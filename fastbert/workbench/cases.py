@@ -140,7 +140,8 @@ def _attention_case(
         options["kept"] = scores_kept(case["seed"], b, h, longest, longest, dropout_p).to(device)
     bias = []
     if case["bias"]:
-        bias.append(_random((1, h, longest, longest), {**case, "strided": False}, device))
+        drawn = _random((1, h, longest, longest), {**case, "strided": False}, device)
+        bias.append(drawn.transpose(2, 3) if case["strided"] else drawn)
     if case["packed"]:
         total = sum(lengths)
         bias = [t[0, :, : max(lengths), : max(lengths)] for t in bias]
