@@ -148,24 +148,19 @@ def assert_matches(
         return
     assert len(exact) == len(results), f"{name}: {len(results)} results, expected {len(exact)}"
     _same_shapes(results, exact, name)
-    errors: list[list[Tensor]] = [[] for _ in exact]
     generator = torch.Generator().manual_seed(0)
     near, oracle = arguments, exact
+    trial = _Trial(name, results, exact, specified, arguments)
     for run in range(1, _MOST_RUNS + 1):
         for by in (specification, *others):
-            torchs = specified(near, inside, by)
-            for found, result, one in zip(errors, torchs, oracle, strict=True):
-                found.append(_error(result, one))
-        if _is_settled(results, specified, arguments, exact, errors, inside):
+            trial.add(specified(near, inside, by), oracle, inside)
+        if trial.is_settled():
             return
         if run in (_RUNS, _ENOUGH, _MOST_RUNS):
-            yardsticks = [
-                _Yardstick.of(e, found, inside or result.dtype)
-                for e, found, result in zip(exact, errors, torchs, strict=True)
-            ]
+            yardsticks = trial.yardsticks()
             if run >= _ENOUGH or all(y.degrees >= _ENOUGH for y in yardsticks):
                 try:
-                    _judge_all(results, specified, arguments, exact, errors, yardsticks, name)
+                    trial.judge(yardsticks)
                     return
                 except AssertionError:
                     if run == _MOST_RUNS:
@@ -271,87 +266,103 @@ def _judge(
     return error[largest].item(), budget[largest].item()
 
 
-def _is_settled(
-    results: Sequence[Tensor],
-    specified: Callable[..., list[Tensor]],
-    arguments: Sequence[Any],
-    exact: Sequence[Tensor],
-    errors: Sequence[Sequence[Tensor]],
-    inside: torch.dtype | None,
-) -> bool:
-    """Whether the results pass by these errors of torch alone, and so by any more besides.
+class _Trial:
+    """Results against what they should be, as torch's errors come in.
 
-    T is never less than the largest of them, nor is the limit of a scale; whether a factor hides is
-    not known yet, so every 16-bit result is looked at.
+    Args:
+        name: what is compared, for messages.
+        results: those under test.
+        exact: the same in fp64.
+        specified: arguments -> the same by torch, in the dtypes of the arguments.
+        arguments: of that.
     """
-    try:
-        for result, one, found in zip(results, exact, errors, strict=True):
-            largest = max((e.abs().max().item() for e in found if e.numel()), default=0.0)
-            yardstick = _Yardstick(largest, float(len(found)), inside or result.dtype)
-            _judge(result, one, yardstick, "", _FACTOR)
-        coarse = [i for i, r in enumerate(results) if torch.finfo(r.dtype).eps >= _COARSE]
-        if coarse and sum(map(_is_floating, arguments)) > _ENOUGH:
-            return False  # a scale of each is more work than more errors
-        _judge_scales(results, specified, arguments, exact, errors, coarse, "")
-    except AssertionError:
-        return False
-    return True
 
+    def __init__(
+        self,
+        name: str,
+        results: Sequence[Tensor],
+        exact: Sequence[Tensor],
+        specified: Callable[[Sequence[Any]], list[Tensor]],
+        arguments: Sequence[Any],
+    ):
+        self._name, self._results, self._exact = name, results, exact
+        self._specified, self._arguments = specified, arguments
+        self._errors: list[list[Tensor]] = [[] for _ in exact]  # torch's, of each result
+        self._inside: list[torch.dtype] = []  # what each is computed in
 
-def _judge_all(
-    results: Sequence[Tensor],
-    specified: Callable[..., list[Tensor]],
-    arguments: Sequence[Any],
-    exact: Sequence[Tensor],
-    errors: Sequence[Sequence[Tensor]],
-    yardsticks: Sequence[_Yardstick],
-    name: str,
-) -> None:
-    """The verdict: every value, and where a factor may hide behind rounding, every scale."""
-    for i, (result, one, yardstick) in enumerate(zip(results, exact, yardsticks, strict=True)):
-        label = name if len(results) == 1 else f"{name}, result {i}"
-        _judge(result, one, yardstick, label, _FACTOR)
-    hidden = [i for i, y in enumerate(yardsticks) if y.hides_a_factor(results[i].dtype, exact[i])]
-    if hidden:
-        _judge_scales(results, specified, arguments, exact, errors, hidden, name)
+    def add(
+        self, torchs: Sequence[Tensor], oracle: Sequence[Tensor], inside: torch.dtype | None
+    ) -> None:
+        """Torch's results for a problem near this one, its exact ones, and the dtype in which torch
+        computed, None for that of each result."""
+        for errors, found, exact in zip(self._errors, torchs, oracle, strict=True):
+            errors.append(_error(found, exact))
+        self._inside = [inside or t.dtype for t in torchs]
 
+    def yardsticks(self) -> list[_Yardstick]:
+        return [*map(_Yardstick.of, self._exact, self._errors, self._inside)]
 
-def _judge_scales(
-    results: Sequence[Tensor],
-    specified: Callable[..., list[Tensor]],
-    arguments: Sequence[Any],
-    exact: Sequence[Tensor],
-    errors: Sequence[Sequence[Tensor]],
-    which: Sequence[int],
-    name: str,
-) -> None:
-    """No argument's scale explains the errors; of the results with these numbers.
+    def is_settled(self) -> bool:
+        """Whether the results pass by these errors of torch alone, and so by any more besides.
 
-    A sum of n terms is at most sqrt(n) times the root of the sum of their squares, so that fewer
-    rows than ``_DEVIATIONS ** 2`` cannot be over the limit.
-    """
-    wide = _cast(arguments, torch.float64)
-    which = [i for i in which if _by_row(exact[i]).numel() > _DEVIATIONS**2]
-    if not which:
-        return
-    for at, argument in enumerate(wide):
-        if not _is_floating(argument):
-            continue
-        moved = specified([*wide[:at], argument * (1 + _STEP), *wide[at + 1 :]])
-        for i in which:
-            effect = (moved[i].detach() - exact[i]).nan_to_num(0.0, 0.0, 0.0) / _STEP
-            power = effect.square().sum()
-            if power == 0:
+        T is never less than the largest of them, nor is the limit of a scale; whether a factor
+        hides is not known yet, so every 16-bit result is looked at.
+        """
+        try:
+            for result, exact, errors, inside in zip(
+                self._results, self._exact, self._errors, self._inside, strict=True
+            ):
+                largest = max((e.abs().max().item() for e in errors if e.numel()), default=0.0)
+                yardstick = _Yardstick(largest, float(len(errors)), inside)
+                _judge(result, exact, yardstick, "", _FACTOR)
+            coarse = [i for i, r in enumerate(self._results) if torch.finfo(r.dtype).eps >= _COARSE]
+            if coarse and sum(map(_is_floating, self._arguments)) > _ENOUGH:
+                return False  # a scale of each is more work than more errors
+            self._judge_scales(coarse)
+        except AssertionError:
+            return False
+        return True
+
+    def judge(self, yardsticks: Sequence[_Yardstick]) -> None:
+        """The verdict: every value, and where a factor may hide behind rounding, every scale."""
+        hidden = []
+        for i, yardstick in enumerate(yardsticks):
+            result, exact = self._results[i], self._exact[i]
+            label = self._name if len(self._results) == 1 else f"{self._name}, result {i}"
+            _judge(result, exact, yardstick, label, _FACTOR)
+            if yardstick.hides_a_factor(result.dtype, exact):
+                hidden.append(i)
+        self._judge_scales(hidden)
+
+    def _judge_scales(self, which: Sequence[int]) -> None:
+        """No argument's scale explains the errors; of the results with these numbers.
+
+        A sum of n terms is at most sqrt(n) times the root of the sum of their squares, so that
+        fewer rows than ``_DEVIATIONS ** 2`` cannot be over the limit.
+        """
+        which = [i for i in which if _by_row(self._exact[i]).numel() > _DEVIATIONS**2]
+        if not which:
+            return
+        wide = _cast(self._arguments, torch.float64)
+        for at, argument in enumerate(wide):
+            if not _is_floating(argument):
                 continue
-            own = _error(results[i], exact[i])
-            parts = [_by_row(e * effect) / power for e in (own, *errors[i])]
-            found, *torchs = (p.sum().abs().item() for p in parts)
-            uncertain = _DEVIATIONS * parts[0].square().sum().sqrt().item()
-            limit = _FACTOR * (max(torchs) + torch.finfo(torch.float32).eps) + uncertain
-            assert found <= limit, (
-                f"{name}, result {i}: off as if argument {at} were scaled by 1 +- {found:.2e}; "
-                f"within rounding would be {limit:.2e}"
-            )
+            moved = self._specified([*wide[:at], argument * (1 + _STEP), *wide[at + 1 :]])
+            for i in which:
+                exact = self._exact[i]
+                effect = (moved[i].detach() - exact).nan_to_num(0.0, 0.0, 0.0) / _STEP
+                power = effect.square().sum()
+                if power == 0:
+                    continue
+                own = _error(self._results[i], exact)
+                parts = [_by_row(e * effect) / power for e in (own, *self._errors[i])]
+                found, *torchs = (p.sum().abs().item() for p in parts)
+                uncertain = _DEVIATIONS * parts[0].square().sum().sqrt().item()
+                limit = _FACTOR * (max(torchs) + torch.finfo(torch.float32).eps) + uncertain
+                assert found <= limit, (
+                    f"{self._name}, result {i}: off as if argument {at} were scaled by 1 +- "
+                    f"{found:.2e}; within rounding would be {limit:.2e}"
+                )
 
 
 def _alike(variances: Tensor) -> float:

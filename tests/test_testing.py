@@ -85,7 +85,7 @@ def test_a_wrong_factor_is_found_below_the_rounding_of_every_value(dtype):
 @pytest.mark.parametrize("dtype", one_is_quick(DTYPES), ids=str)
 def test_ending_early_changes_no_verdict(dtype, inside, monkeypatch):
     """Of results that are off by ever more: by nothing, by rounding, by a factor, by much."""
-    early = testing._is_settled
+    early = testing._Trial.is_settled
     runs, verdicts = [], []
     for seed, off in enumerate((0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)):
         torch.manual_seed(seed)
@@ -94,7 +94,7 @@ def test_ending_early_changes_no_verdict(dtype, inside, monkeypatch):
         for wrong in (exact * (1 + off), exact + off * exact.abs().max() * torch.randn(64, 8)):
             found = []
             for settled in (early, lambda *args: False):
-                monkeypatch.setattr(testing, "_is_settled", settled)
+                monkeypatch.setattr(testing._Trial, "is_settled", settled)
                 called = []
 
                 def specification(x, weight, called=called):
