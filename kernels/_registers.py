@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._cards import LIMITS
 from ._device import device_arch
 from ._tiles import AttentionTile, _remember
 
@@ -26,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_REGISTERS = 65536  # of a multiprocessor, of every architecture here
+_REGISTERS = LIMITS[80].registers  # of a multiprocessor, of every architecture
 _UNIT = 8  # registers of a thread are handed out in this many
 
 

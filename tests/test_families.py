@@ -319,6 +319,24 @@ def test_compile_and_export_are_one_graph(family, on_torch):
     check(first, theirs, RIGHT.bool(), head, *others, **inputs)
 
 
+def test_the_buckets_of_mpnet_are_found_once_for_each_length(monkeypatch, on_torch):
+    """And in inference first, whose tensors training cannot read."""
+    monkeypatch.setattr("fastbert.families.mpnet._buckets", {})
+    theirs, ours = pair_of("mpnet", "MPNetModel")
+    found, find = [], ours.encoder.relative_position_bucket
+    monkeypatch.setattr(
+        ours.encoder,
+        "relative_position_bucket",
+        lambda *args, **kw: found.append(1) or find(*args, **kw),
+    )
+    for length in (7, 9, 7):
+        ids = torch.full((2, length), 5)
+        with torch.inference_mode():
+            check(ours(input_ids=ids), theirs, None, "MPNetModel", input_ids=ids)
+        ours(input_ids=ids).last_hidden_state.sum().backward()
+    assert len(found) == 2
+
+
 def test_a_bias_in_the_scores_lies_by_rows():
     """Otherwise the kernels copy it in every layer, forward and backward."""
     biased = [name for name in OTHERS if registry.load(name).score_bias is not None]
