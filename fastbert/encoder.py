@@ -423,7 +423,10 @@ def _attend(
         bias = None if batch.bias is None else batch.bias.to(q.dtype)
         return ops.attention_varlen(q, k, v, batch, bias=bias, **options, **unfused).flatten(1)
     q, k, v = (batch.view(t).transpose(1, 2) for t in (q, k, v))
-    context = ops.attention(q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options, **unfused)
+    context = ops.attention(
+        q, k, v, key_mask=batch.key_mask, bias=batch.bias, **options, **unfused,
+        shared=None if torch.compiler.is_compiling() else batch.shared,
+    )  # fmt: skip
     return context.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

@@ -338,11 +338,14 @@ class PaddedBatch:
         padded_shape: ``(B, S)``.
         key_mask: bool ``[B, S]``, True for real tokens, or None.
         bias: floating ``[B | 1, H | 1, S | 1, S]``, added to the scaled scores, or None.
+        shared: what the first layer makes of mask and bias for all of them, in
+            `fastbert.ops.attention`.
     """
 
     padded_shape: tuple[int, int]
     key_mask: Tensor | None = None
     bias: Tensor | None = None
+    shared: dict = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedBatch:
         """The same batch on another device."""

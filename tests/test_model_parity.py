@@ -5,6 +5,7 @@ positions are compared; what padding holds is tested on its own.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -139,6 +140,30 @@ def test_mask_per_query_matches_transformers(kind, device, each_backend):
         for mask in (inputs["attention_mask"], inputs["attention_mask"] == 0):
             actual = ours(**{**inputs, "attention_mask": mask})
             check(actual, theirs, None, f"4-D mask {kind}", **inputs)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_mask_per_query_is_made_ready_once_for_all_layers(recomputed, device, monkeypatch):
+    module = sys.modules["fastbert.ops.attention"]
+    level, made = module._leveled, []
+    monkeypatch.setattr(module, "_leveled", lambda *args: made.append(1) or level(*args))
+    theirs, ours = pair("BertModel", device)
+    inputs = inputs_for("BertModel", mask_4d("shared"), device)
+    upstream = torch.randn(4, 9, 32).to(device)
+    if recomputed:
+        ours.gradient_checkpointing_enable({"use_reentrant": True})
+        ours.train()
+        for dropout in (m for m in ours.modules() if isinstance(m, torch.nn.Dropout)):
+            dropout.p = 0.0
+    with fastbert.backend("triton"):
+        ours(**inputs).last_hidden_state.backward(upstream)
+        with torch.no_grad():
+            check(ours(**inputs), theirs, None, "4-D mask", **inputs)
+    assert len(made) == 2
+    theirs(**inputs).last_hidden_state.backward(upstream)
+    for name, parameter in theirs.encoder.named_parameters():
+        found = ours.encoder.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_embeddings_and_positions_match_transformers(device, each_backend):

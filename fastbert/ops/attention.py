@@ -60,8 +60,8 @@ class _AttentionVarlen(torch.autograd.Function):
 
 class _AttentionPadded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_mask, bias, scale, dropout_p, seed):
-        kept, share = _leveled(bias, key_mask)
+    def forward(ctx, q, k, v, key_mask, bias, leveled, scale, dropout_p, seed):
+        kept, share = _leveled(bias, key_mask) if leveled is None else leveled
         full = _full(kept, q, k)
         out, lse = attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed, True)
         ctx.save_for_backward(q, k, v, out, lse, key_mask, kept, share, seed)
@@ -80,7 +80,7 @@ class _AttentionPadded(torch.autograd.Function):
             ctx.dropout_p, seed, wanted,
         )  # fmt: skip
         dbias = dbias.sum_to_size(ctx.bias_shape).to(bias.dtype) if wanted else None
-        return dq, dk, dv, None, dbias, None, None, None
+        return dq, dk, dv, None, dbias, None, None, None, None
 
 
 def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -107,6 +107,15 @@ def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | Non
     alike = torch.where(best, _ALIKE, -math.inf).to(bias.dtype)
     share = torch.where(drowned, 1.0 / best.sum(-1, keepdim=True).clamp_min(1), 1.0)
     return rows_contiguous(torch.where(drowned, alike, others)), share  # or it is copied twice
+
+
+def _leveled_once(
+    bias: Tensor | None, key_mask: Tensor | None, shared: dict
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_leveled`, the first time; a mask takes ten operations of the size of the scores."""
+    if "leveled" not in shared:
+        shared["leveled"] = _leveled(bias, key_mask)
+    return shared["leveled"]
 
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -265,6 +274,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     unfused: bool = False,
+    shared: dict | None = None,
 ) -> Tensor:
     """``softmax(q @ k.T * scale + bias) @ v`` over a padded batch.
 
@@ -280,6 +290,8 @@ def attention(
             Kernels only.
         unfused: in torch, use operations that have second derivatives; the matrix of scores is then
             kept for backward.
+        shared: a dict for calls with the same key_mask and bias, as of the layers of a model: the
+            first one puts there what follows from these alone. Not for torch.compile.
 
     Returns:
         ``[B, H, Sq, D]``, a transposed view of a contiguous ``[B, Sq, H, D]``. A query that may
@@ -324,9 +336,12 @@ def attention(
     q, scale = _positive(q, scale)
     if dropout_p > 0.0 and seed is None:
         seed = dropout_seed(q.device)
+    leveled = None
+    if shared is not None and not wants_gradient(bias):
+        leveled = _leveled_once(bias, key_mask, shared)
     if wants_gradient(q, k, v, bias):
-        return _AttentionPadded.apply(q, k, v, key_mask, bias, scale, dropout_p, seed)
-    full = _full(_leveled(bias, key_mask)[0], q, k)
+        return _AttentionPadded.apply(q, k, v, key_mask, bias, leveled, scale, dropout_p, seed)
+    full = _full((leveled or _leveled(bias, key_mask))[0], q, k)
     return attention_padded(q, k, v, key_mask, full, scale, dropout_p, seed, dropout_p > 0.0)[0]
 
 
