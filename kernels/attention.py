@@ -2,9 +2,9 @@
 
 Two forms share every line of arithmetic. Packed: sequences one after the other, bounds from
 cumulative lengths, programs from a tile map that has one entry per tile that exists. Padded: ``[B,
-H, S, D]`` with an optional key mask. Either may have an additive bias. q, k and v are read with
-their strides, so that they may be views of one projection ``[T, 3, H, D]``, and the output is
-written as ``[T, H, D]``.
+H, S, D]`` with an optional key mask. Either may have an additive bias, which is read by rows
+(`by_rows`). q, k and v are read with their strides, so that they may be views of one projection
+``[T, 3, H, D]``, and the output is written as ``[T, H, D]``.
 
 Two bodies. Where a sequence's keys fit one tile (``SINGLE``) it is a plain softmax without
 rescaling. Otherwise it walks over tiles of keys (online softmax: Milakov and Gimelshein,

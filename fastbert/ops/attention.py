@@ -112,7 +112,7 @@ def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | Non
 def _leveled_once(
     bias: Tensor | None, key_mask: Tensor | None, shared: dict
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`_leveled`, the first time; a mask takes ten operations of the size of the scores."""
+    """`_leveled`, the first time: it is 25 operations, most of them of the size of a mask."""
     if "leveled" not in shared:
         shared["leveled"] = _leveled(bias, key_mask)
     return shared["leveled"]
