@@ -204,7 +204,7 @@ def _attention_fwd_kernel(
     lse_ptr,  # [H, T] or [B, H, S], fp32, or None
     q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] or None; packed, by places in a sequence
+    bias_ptr,  # [B, H, Sq, Sk], the last stride 1, or None; packed, by places in a sequence
     seed_ptr,  # [1] int64, read with dropout only
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # [B + 1] or None
     tile_map_ptr,  # [tiles, 2] or None

@@ -63,7 +63,7 @@ def _attention_bwd_kernel_bias(
     do_ptr, q_ptr, k_ptr, v_ptr,  # [T, H, D] or [B, H, S, D]
     pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk]
+    bias_ptr,  # [B, H, Sq, Sk], the last stride 1
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr,  # [B + 1], of keys as well, or None
     stride_do_b, stride_do_t, stride_do_h,

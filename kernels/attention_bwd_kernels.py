@@ -109,7 +109,7 @@ def _attention_bwd_kernel_dq(
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] or None
+    bias_ptr,  # [B, H, Sq, Sk], the last stride 1, or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None
     stride_dq_b, stride_dq_t, stride_dq_h,
@@ -230,7 +230,7 @@ def _attention_bwd_kernel_dkdv(
     do_ptr, q_ptr, k_ptr, v_ptr,
     pairs_ptr,  # [H, T, 2] or [B, H, S, 2], fp32: lse and delta
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] or None
+    bias_ptr,  # [B, H, Sq, Sk], the last stride 1, or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None; tiles of keys
     stride_dk_b, stride_dk_t, stride_dk_h,
@@ -320,7 +320,7 @@ def _attention_bwd_kernel_whole(
     do_ptr, out_ptr, q_ptr, k_ptr, v_ptr,
     lse_ptr,  # [H, T] or [B, H, S], fp32, log2 units
     key_mask_ptr,  # [B, Sk] or None
-    bias_ptr,  # [B, H, Sq, Sk] or None
+    bias_ptr,  # [B, H, Sq, Sk], the last stride 1, or None
     seed_ptr,  # [1] int64 or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,  # or None; one tile for each sequence
     stride_dq_b, stride_dq_t, stride_dq_h,

@@ -14,7 +14,7 @@ import torch
 from fakes import FakeClock, FakeCuda, FakeTime, workload_of
 from fastbert.benchmarks import limits, session
 from fastbert.benchmarks.catalogue import SUITES, workloads
-from fastbert.benchmarks.encoders import COMPILED
+from fastbert.benchmarks.encoders import COMPILED, Encoders
 from fastbert.benchmarks.limits import Pace, measure_limits
 from fastbert.benchmarks.report import markdown, page
 from fastbert.benchmarks.results import (
@@ -32,6 +32,7 @@ from fastbert.benchmarks.timing import CudaClock, NoClock, Sample, WallClock, in
 from fastbert.benchmarks.workload import OURS, Unavailable, measure
 
 import fastbert
+from fastbert import frozen
 from fastbert.ops import onednn
 
 
@@ -481,3 +482,21 @@ def test_reports_show_every_measurement_and_what_is_missing(facts):
     assert "x&lt;y" in html and "x<y" not in html
     gpu = Results({**facts, "kind": "cuda", "device": "NVIDIA H200"}, {}, {}, [])
     assert "not measured" in markdown(gpu) and "TFLOP/s |" not in markdown(gpu)
+
+
+@pytest.mark.skipif(not onednn.available(), reason="needs torch's operators of oneDNN")
+def test_the_time_of_one_text_is_parted_behind_a_check(monkeypatch, capsys, on_torch):
+    from fastbert.benchmarks import short_texts
+
+    encode = frozen.encode_on_onednn
+    monkeypatch.setattr("sys.argv", ["short_texts", "--model", "tiny", "--rounds", "3"])
+    short_texts.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if row and "tiny" in row[0]]
+    assert [row[0].strip() for row in rows] == [f"tiny S{n}" for n in (16, 32, 64, 128)]
+    assert frozen.encode_on_onednn is encode
+    parts = short_texts.parts_of(Encoders("tiny", torch.float32, "cpu"), 16, rounds=3)
+    assert 0 < parts.layers < parts.call and 0 < parts.around < parts.call and parts.alone > 0
+    monkeypatch.setattr(frozen, "encode_on_onednn", lambda *args: encode(*args).flip(-1))
+    with pytest.raises(AssertionError, match="not transformers' result"):
+        short_texts.parts_of(Encoders("tiny", torch.float32, "cpu"), 16, rounds=3)

@@ -13,9 +13,10 @@ from fastbert.benchmarks.readme import rendered
 from forked import forked
 from test_model_parity import FLAGS, MASKS, check
 from tiny import RIGHT, one_is_quick, specified_by
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbert
-from fastbert.families import registry, table
+from fastbert.families import mpnet, registry, table
 from fastbert.families.obstacle import obstacle
 from fastbert.ops import onednn
 from fastbert.testing import assert_matches
@@ -321,7 +322,7 @@ def test_compile_and_export_are_one_graph(family, on_torch):
 
 def test_the_buckets_of_mpnet_are_found_once_for_each_length(monkeypatch, on_torch):
     """And in inference first, whose tensors training cannot read."""
-    monkeypatch.setattr("fastbert.families.mpnet._buckets", {})
+    monkeypatch.setattr(mpnet, "_buckets", {})
     theirs, ours = pair_of("mpnet", "MPNetModel")
     found, find = [], ours.encoder.relative_position_bucket
     monkeypatch.setattr(
@@ -335,6 +336,10 @@ def test_the_buckets_of_mpnet_are_found_once_for_each_length(monkeypatch, on_tor
             check(ours(input_ids=ids), theirs, None, "MPNetModel", input_ids=ids)
         ours(input_ids=ids).last_hidden_state.sum().backward()
     assert len(found) == 2
+    with FakeTensorMode():  # whose weights take no real buckets, and real ones none of its own
+        for length in (7, 11):
+            fastbert.MPNetModel(config_of("mpnet"))(input_ids=torch.full((2, length), 5))
+    ours(input_ids=torch.full((2, 11), 5))
 
 
 def test_a_bias_in_the_scores_lies_by_rows():

@@ -24,35 +24,35 @@ _VOCABULARY = VocabularyHead(
 _buckets: dict[tuple[type, int, torch.device], Tensor] = {}
 
 
-def _buckets_of(encoder: nn.Module, length: int, device: torch.device) -> Tensor:
-    """``[2 S - 1]``: the row of the table for every distance from 1 - S on.
+def _find_buckets(encoder: nn.Module, length: int, device: torch.device) -> Tensor:
+    distances = torch.arange(1 - length, length, device=device)
+    return encoder.relative_position_bucket(distances, num_buckets=32)
+
+
+def _buckets_of(encoder: nn.Module, length: int, weight: Tensor) -> Tensor:
+    """``[2 S - 1]``: the row of the table ``weight`` for every distance from 1 - S on.
 
     Ten operations that follow from the length alone, so they run once for each.
     """
-
-    def find() -> Tensor:
-        distances = torch.arange(1 - length, length, device=device)
-        return encoder.relative_position_bucket(distances, num_buckets=32)
-
-    on_gpu = device.type == "cuda"
-    if torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):
-        return find()
+    device, on_gpu = weight.device, weight.is_cuda
+    # Who traces wants to see them, with tensors of its own.
+    traced = torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter)
+    if traced or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return _find_buckets(encoder, length, device)
     key = type(encoder), length, device
-    found = _buckets.get(key)
-    if found is None:
+    if key not in _buckets:
         with torch.inference_mode(False):  # training will read it too
-            found = find()
-        if type(found) is Tensor:  # what traces has others
-            if on_gpu:  # and other streams
-                torch.cuda.current_stream(device).synchronize()
-            _buckets[key] = found
-    return found
+            found = _find_buckets(encoder, length, device)
+        if on_gpu:  # and other streams
+            torch.cuda.current_stream(device).synchronize()
+        _buckets[key] = found
+    return _buckets[key]
 
 
 def _score_bias(model: nn.Module, length: int) -> Tensor:
     """``[H, S, S]``: of every distance one number for each head, shared by all sequences."""
     table = model.encoder.relative_attention_bias
-    by_distance = table(_buckets_of(model.encoder, length, table.weight.device)).T.contiguous()
+    by_distance = table(_buckets_of(model.encoder, length, table.weight)).T.contiguous()
     # Row i is the window of distances -i to S - 1 - i, and contiguous since the distances are.
     return by_distance.unfold(1, length, 1).flip(1)
 

@@ -8,6 +8,7 @@ have, so that they may be views of one projection ``[T, 3, H, D]``.
 from __future__ import annotations
 
 import math
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -112,10 +113,15 @@ def _leveled(bias: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | Non
 def _leveled_once(
     bias: Tensor | None, key_mask: Tensor | None, shared: dict
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`_leveled`, the first time: it is 25 operations, most of them of the size of a mask."""
-    if "leveled" not in shared:
-        shared["leveled"] = _leveled(bias, key_mask)
-    return shared["leveled"]
+    """`_leveled`, which is 25 operations, most of them of the size of the bias, unless ``shared``
+    has it of these very tensors as they are."""
+    given = (bias, key_mask)
+    versions = [None if t is None or t.is_inference() else t._version for t in given]
+    of, at, leveled = shared.get("leveled", (given, None, None))
+    if at != versions or not all(map(is_, of, given)):
+        leveled = _leveled(bias, key_mask)
+        shared["leveled"] = given, versions, leveled
+    return leveled
 
 
 def _full(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -290,8 +296,9 @@ def attention(
             Kernels only.
         unfused: in torch, use operations that have second derivatives; the matrix of scores is then
             kept for backward.
-        shared: a dict for calls with the same key_mask and bias, as of the layers of a model: the
-            first one puts there what follows from these alone. Not for torch.compile.
+        shared: a dict that calls with the same key_mask and bias share, as those of a model's
+            layers do: the first one keeps there what follows from these alone. Not for
+            torch.compile.
 
     Returns:
         ``[B, H, Sq, D]``, a transposed view of a contiguous ``[B, Sq, H, D]``. A query that may
