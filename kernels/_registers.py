@@ -23,7 +23,7 @@ from ._tiles import AttentionTile, _remember
 
 __all__ = [
     "ONE_PROGRAM", "PROGRAMS", "TWO_PROGRAMS", "TYPE_NAMES", "Form", "attention_label",
-    "limited", "limited_for", "registers_for", "variant_name",
+    "limited", "limited_for", "listed_as", "registers_for", "variant_name",
 ]  # fmt: skip
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -60,6 +60,12 @@ class Form(NamedTuple):
 def variant_name(kernel, arch: int, dtype: torch.dtype, label: str) -> str:
     """What a variant is called, here and in everything that the workbench prints."""
     return f"{kernel.__name__.strip('_')} sm_{arch} {TYPE_NAMES[dtype]} {label}"
+
+
+def listed_as(name: str) -> str:
+    """The name by which the lists below have a variant: sm_89 stands for sm_86, whose tiles it
+    has."""
+    return name.replace(" sm_86 ", " sm_89 ")
 
 
 def attention_label(kernel, head_dim: int, tile: AttentionTile, form: Form) -> str:
@@ -100,11 +106,11 @@ def limited_for(
     """The tile with a limit of registers where `TWO_PROGRAMS` or `PROGRAMS` has the variant,
     else as it is.
 
-    bf16 stands for both 16-bit types, and sm_89 for sm_86.
+    bf16 stands for both 16-bit types.
     """
     known = torch.bfloat16 if dtype == torch.float16 else dtype
     label = attention_label(kernel, head_dim, tile, form)
-    name = variant_name(kernel, 89 if arch == 86 else arch, known, label)
+    name = listed_as(variant_name(kernel, arch, known, label))
     programs = 2 if name in TWO_PROGRAMS else PROGRAMS.get(name)
     if tile.max_registers is not None or programs is None:
         return tile

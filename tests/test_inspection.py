@@ -163,6 +163,31 @@ def test_scores_that_are_computed_twice_are_refused():
     assert not waste_of(1.5) and not waste_of(4.0, torch.float32)
 
 
+def test_a_program_that_stays_alone_is_known_by_its_name_on_older_cards_too(monkeypatch):
+    """sm_86 has the tiles of sm_89, and stands under its name."""
+    from fastbert.workbench import inspection
+
+    alone = SimpleNamespace(programs=1, limit="registers")
+    asked = []
+
+    def inspect_variant(variant):
+        asked.append(variant.name)
+        two = SimpleNamespace(programs=2, limit="registers")
+        return SimpleNamespace(occupancy=two, per_element={"other": 1.0}, faults=[])
+
+    monkeypatch.setattr(inspection, "inspect_variant", inspect_variant)
+    monkeypatch.setattr(inspection, "replace", lambda thing, **changes: thing)
+    for name, stays in (
+        ("attention_bwd_kernel_dq sm_89 bf16 D32 128x64 packed, dropout 8 bit", True),
+        ("attention_bwd_kernel_dq sm_86 bf16 D32 128x64 packed, dropout 8 bit", True),
+        ("attention_bwd_kernel_dq sm_86 bf16 D16 128x64 packed, dropout 8 bit", False),
+    ):
+        variant = SimpleNamespace(name=name, num_warps=8, tile=SimpleNamespace(max_registers=None))
+        found = SimpleNamespace(variant=variant, occupancy=alone, per_element={"other": 1.0})
+        assert (inspection.room_for_two(found) == []) is stays
+        assert (name in asked) is not stays
+
+
 # ---- reading ----
 
 LISTING = """

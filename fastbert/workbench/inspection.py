@@ -17,7 +17,7 @@ import torch
 
 from ..kernels._cards import CARDS, LIMITS, Card
 from ..kernels._compile import Artefact, compile_variant, faults
-from ..kernels._registers import ONE_PROGRAM, registers_for
+from ..kernels._registers import ONE_PROGRAM, listed_as, registers_for
 from ..kernels._variants import Variant
 from . import sass
 from .hazards import hazards
@@ -211,7 +211,8 @@ def room_for_two(found: Inspection) -> list[str]:
     may have. They fit if that takes no stack and hardly more instructions.
     """
     variant, alone = found.variant, found.occupancy
-    if alone.programs != 1 or alone.limit != "registers" or variant.name in ONE_PROGRAM:
+    listed = listed_as(variant.name)
+    if alone.programs != 1 or alone.limit != "registers" or listed in ONE_PROGRAM:
         return []
     if getattr(variant.tile, "max_registers", 0) is not None:  # has a limit, or cannot have one
         return []
